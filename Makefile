@@ -1,0 +1,41 @@
+# `make demo` and `make test` work on a fresh clone; the others are for development.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test test-all lint clean
+
+help:
+	@echo "make demo      install, then run the whole pipeline in small: data to distilled student (CPU, under 30 minutes)"
+	@echo "make test      install, then run the fast tests (under 15 minutes on 2 cores)"
+	@echo "make test-all  the fast tests and the long ones"
+	@echo "make lint      ruff"
+	@echo "make clean     remove the virtual environment; runs in workspace/ stay"
+
+demo: $(BIN)/.train
+	$(BIN)/vitruvian run demo
+
+test: $(BIN)/.test
+	$(BIN)/python -m pytest
+
+test-all: $(BIN)/.test
+	$(BIN)/python -m pytest -m ""
+
+lint: $(BIN)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv
+
+# A stamp is newer than what it was installed from; with the test extra the train extra is there too.
+$(BIN)/.train: pyproject.toml constraints.txt | $(BIN)/python
+	[ -e $(BIN)/.test ] || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	touch $@
+
+$(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,234 @@
+"""`vitruvian`: the whole chain, and what comes out of it, from the command line."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launchers.console import setup_logging, table
+from pipeline import graph
+from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
+from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
+from pipeline.files import read_json
+from pipeline.graph import StagePlan
+from pipeline.status import read_status
+from stages import KINDS
+
+logger = logging.getLogger("vitruvian")
+
+app = typer.Typer(
+    help="From raw pose data to a small, fast pose model: staged jobs chained through checkpoint artifacts.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at raw datasets before training on them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+PipelineArgument = Annotated[str, typer.Argument(help="A pipeline YAML, or the name of a shipped preset such as demo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Dotted config keys, such as seed=1.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def run(
+    pipeline: PipelineArgument,
+    overrides: Overrides = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Begin at this stage; those before it must be done.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="End after this stage and what it needs.")] = None,
+    only: Annotated[str | None, typer.Option(help="Just this stage.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Run the chosen stages again; old runs are kept aside.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print sizes and steps, start nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline on this machine. Finished stages are skipped, unfinished ones resume."""
+    from launchers.dry_run import print_dry_run
+
+    config = load_pipeline(pipeline, overrides or [], KINDS)
+    chosen = _choose(config, start, until, only)
+    if dry_run:
+        print_dry_run(config, chosen)
+        return
+    for name in chosen:
+        stage = graph.plan(config, [name])[name]
+        if stage.state == "done" and not fresh:
+            logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
+            continue
+        command = _command(config, name, [pipeline, *(overrides or [])], fresh)
+        code = subprocess.run(command, env=_environment()).returncode
+        if code:
+            if code == EXIT_STOPPED:
+                logger.error("stopped on request; the same command goes on")
+            raise typer.Exit(code if code > 0 else 1)
+    _show_results(config, chosen, as_json)
+
+
+@app.command()
+def status(pipeline: PipelineArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show every stage of a pipeline: what it would do next, how far it is, where it lies."""
+    config = load_pipeline(pipeline, overrides or [], KINDS)
+    rows = [_status_row(stage) for stage in graph.plan(config).values()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    columns = ["stage", "kind", "state", "step", "run directory"]
+    table(f"{config.name} in {config.workspace}", columns, [[row[column] for column in columns] for row in rows])
+
+
+@app.command()
+def predict(
+    artifact: Annotated[str, typer.Argument(help="Folder of a pose model's artifact, or mlflow:RUN_ID.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    boxes: Annotated[
+        Path | None,
+        typer.Option(help="JSON: image file name -> list of [x, y, width, height]; unset: the whole image."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Whose decoder; unset: the model's first.")] = None,
+    out: Annotated[Path, typer.Option(help="Where keypoints.json and the pictures go.")] = Path("predictions"),
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, for mlflow:RUN_ID.")] = None,
+    flip: Annotated[bool, typer.Option(help="Average with the mirrored image.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Find keypoints of people in images: JSON, and pictures with the skeleton drawn."""
+    from launchers.predict import predict_files
+
+    found = predict_files(artifact, images, boxes, dataset, out, tracking_uri, flip)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for name, people in found["images"].items():
+        typer.echo(f"{name}: {len(people)} {'person' if len(people) == 1 else 'people'}")
+    typer.echo(f"keypoints and pictures are in {out}")
+
+
+@data_app.command("check")
+def data_check(
+    dataset: Annotated[str, typer.Argument(help="Name of a dataset definition (coco, aic, mpii, ...) or a YAML.")],
+    root: Annotated[str, typer.Option(help="Folder that holds the datasets.")] = "data",
+    split: Annotated[str, typer.Option(help="Split of the definition.")] = "train",
+    annotations: Annotated[str | None, typer.Option(help="Another annotation file.")] = None,
+    images: Annotated[str | None, typer.Option(help="Another image folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a dataset and print counts and every suspicious record."""
+    from launchers.data_check import print_report
+    from pipeline.data.check import check
+    from pipeline.data.definitions import DatasetSource
+
+    source = DatasetSource(name=dataset, split=split, annotations=annotations, images=images)
+    print_report(check(source, root), as_json)
+
+
+def _choose(config: PipelineConfig, start: str | None, until: str | None, only: str | None) -> list[str]:
+    """Stage names to run, parents first. Raises ConfigError for unknown names."""
+    for option, name in {"--from": start, "--until": until, "--only": only}.items():
+        if name is not None and name not in config.stages:
+            raise ConfigError(f"{option}: no stage {name!r}{did_you_mean(name, list(config.stages))}")
+    if only is not None:
+        return [only]
+    chosen = graph.order(config)
+    if until is not None:
+        chosen = [*graph.ancestors(config, until), until]
+    if start is not None:
+        chosen = [name for name in chosen if name == start or start in graph.ancestors(config, name)]
+    return chosen
+
+
+def _command(config: PipelineConfig, name: str, arguments: list[str], fresh: bool) -> list[str]:
+    """The process that runs a stage: under the deepspeed launcher where it trains on several processes."""
+    pipeline, *overrides = arguments
+    script = ["--stage", name, "--config", pipeline, *(["--fresh"] if fresh else []), *overrides]
+    processes = _processes(config) if type(config.stages[name]).distributed else 1
+    if processes == 1:
+        return [sys.executable, "-m", "launchers.run_stage", *script]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(processes),
+        "--master_addr",
+        "127.0.0.1",
+    ]
+    return [*launcher, "--master_port", str(_free_port()), "--module", "launchers.run_stage", *script]
+
+
+def _processes(config: PipelineConfig) -> int:
+    if config.runtime.processes is not None:
+        return config.runtime.processes
+    if config.runtime.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _status_row(stage: StagePlan) -> dict[str, Any]:
+    content = read_status(stage.run_dir) if stage.run_dir else {}
+    step = f"{content['step']}/{content['steps']}" if "steps" in content else "-"
+    state = stage.state
+    if stage.state == "resume":
+        state = f"resume ({content.get('state', 'killed')})"
+    directory = str(stage.run_dir) if stage.run_dir else stage.reason
+    return {"stage": stage.name, "kind": stage.config.kind, "state": state, "step": step, "run directory": directory}
+
+
+def _show_results(config: PipelineConfig, chosen: list[str], as_json: bool) -> None:
+    """The tables of the evaluations among the stages that ran, and where to look further."""
+    plans = graph.plan(config, chosen)
+    results = {}
+    for name in chosen:
+        path = plans[name].artifact.path / "table.json"
+        if path.is_file():
+            results[name] = read_json(path)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    for name, result in results.items():
+        table(f"{config.name} / {name}", result["columns"], result["rows"])
+        for note in result["notes"]:
+            typer.echo(note)
+        typer.echo(f"pictures and numbers: {plans[name].artifact.path}")
+    if config.tracking.uri == "auto":
+        store = config.workspace.absolute() / "mlflow.db"
+        typer.echo(f"browse the runs:      mlflow ui --backend-store-uri sqlite:///{store}")
+
+
+def main() -> None:
+    """Entry point: a mistake of the user is one line."""
+    setup_logging(0)
+    _call(app)
+
+
+def _call(command: Callable[[], None]) -> None:
+    try:
+        command()
+    except VitruvianError as error:
+        logger.error("error: %s", error)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What `vitruvian predict` does: files in, `keypoints.json` and pictures out."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.images import decode_image, read_bytes
+from pipeline.errors import ArtifactError, ConfigError, DataError
+from pipeline.evaluation.pictures import draw_skeleton, save_jpg
+from pipeline.files import read_json, write_json
+from pipeline.predictor import Predictor
+from pipeline.tracking import download
+
+
+def predict_files(
+    artifact: str,
+    images: list[Path],
+    boxes: Path | None,
+    dataset: str | None,
+    out: Path,
+    tracking_uri: str | None,
+    flip: bool,
+) -> dict[str, Any]:
+    """Predicts on every image and writes the results. Returns the content of `keypoints.json`."""
+    with tempfile.TemporaryDirectory() as folder:
+        predictor = Predictor(_local(artifact, tracking_uri, Path(folder)), dataset, flip=flip)
+    given = _read_boxes(boxes) if boxes else None
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in images:
+        try:
+            image = decode_image(read_bytes(str(path)), where=str(path))
+        except OSError as error:
+            raise DataError(f"{path}: can't be read: {error.strerror}") from None
+        whole = [[0.0, 0.0, float(image.shape[1]), float(image.shape[0])]]
+        people = given.get(path.name, []) if given is not None else whole
+        keypoints = predictor(image, people)
+        drawn = image
+        for person in keypoints:
+            drawn = draw_skeleton(drawn, person, predictor.definition)
+        save_jpg(drawn, out / f"{path.stem}.jpg")
+        found[path.name] = [
+            {"bbox": list(map(float, box)), "keypoints": person.round(3).tolist(), "score": float(person[:, 2].mean())}
+            for box, person in zip(people, keypoints, strict=True)
+        ]
+    content = {
+        "dataset": predictor.definition.name,
+        "keypoint_names": list(predictor.definition.keypoints),
+        "images": found,
+    }
+    write_json(out / "keypoints.json", content)
+    return content
+
+
+def _local(artifact: str, tracking_uri: str | None, folder: Path) -> Path:
+    """The artifact's folder, downloaded from MLflow where it is named by a run."""
+    if not artifact.startswith("mlflow:"):
+        return Path(artifact)
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise ConfigError(f"{artifact}: say where MLflow is, by --tracking-uri or MLFLOW_TRACKING_URI")
+    try:
+        download(uri, folder, run_id=artifact.removeprefix("mlflow:"))
+    except Exception as error:  # whatever MLflow raises
+        raise ArtifactError(f"{artifact}: not to be had from {uri}: {str(error).splitlines()[0][:160]}") from None
+    return folder / "artifact"
+
+
+def _read_boxes(path: Path) -> dict[str, list[list[float]]]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON: {error}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, list) for value in content.values()):
+        raise DataError(f"{path}: expected a mapping from image file names to lists of [x, y, width, height]")
+    return content

@@ -1,0 +1,234 @@
+"""Runs one stage of a pipeline, under deepspeed, torchrun, srun or plain python.
+
+deepspeed [--num_gpus N] launchers/run_stage.py --stage NAME [--config FILE] [key=value ...]
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launchers.console import setup_logging
+from launchers.dry_run import print_dry_run
+from pipeline import graph
+from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
+from pipeline.errors import EXIT_DONE, EXIT_FAILURE, ArtifactError, ConfigError, Stopped, VitruvianError
+from pipeline.graph import StagePlan
+from pipeline.status import Status
+from pipeline.tracking import Tracker, download, sync, tracking_uri
+from stages import KINDS, module_of
+
+logger = logging.getLogger("vitruvian")
+
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_DESCRIPTION = "Run one stage of a pipeline. The same command skips a finished stage and resumes an unfinished one."
+_EPILOG = """examples:
+  deepspeed launchers/run_stage.py --stage mae                        the demo's pretraining, on what there is
+  deepspeed --num_gpus 2 launchers/run_stage.py --stage mae           on two processes
+  torchrun --nproc_per_node 8 launchers/run_stage.py --stage finetune --config vitpose_b engine.zero_stage=2
+  python launchers/run_stage.py --stage finetune --dry-run stages.finetune.steps=100
+
+exit codes: 0 done, 2 a mistake in config or data, 75 stopped on request (run it again to go on), 1 anything else
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Launchers put their own `--local_rank` first."""
+    found = argparse.ArgumentParser(
+        prog="run_stage.py",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found.add_argument("--stage", required=True, help="name of a stage of the pipeline, such as mae")
+    found.add_argument(
+        "--config", default="demo", help="pipeline YAML, or the name of a shipped preset (default: demo)"
+    )
+    found.add_argument("--fresh", action="store_true", help="run again from the start; the old run is kept aside")
+    found.add_argument("--dry-run", action="store_true", help="check everything, print sizes and steps, start nothing")
+    found.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    found.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted config keys, such as stages.mae.steps=100"
+    )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the stage and returns the exit code; a mistake of the user is one line on stderr."""
+    options = parser().parse_intermixed_args(arguments)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    # Compilers of extensions are looked up on PATH; a virtual environment need not be activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    setup_logging(rank())
+    try:
+        pipeline = load_pipeline(options.config, options.overrides, KINDS)
+        if options.stage not in pipeline.stages:
+            hint = did_you_mean(options.stage, list(pipeline.stages))
+            raise ConfigError(f"--stage: pipeline {pipeline.name!r} has no stage {options.stage!r}{hint}")
+        if options.dry_run:
+            if rank() == 0:
+                print_dry_run(pipeline, [options.stage])
+            return EXIT_DONE
+        return run(pipeline, options.stage, options.config, options.overrides, fresh=options.fresh)
+    except VitruvianError as error:
+        logger.error("%s: %s", "stopped" if isinstance(error, Stopped) else "error", error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_FAILURE
+
+
+def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], *, fresh: bool = False) -> int:
+    """Skips, resumes or starts one stage, after making the data that it lacks."""
+    stage = _ready(pipeline, name, config, overrides)
+    if fresh:
+        stage = _set_aside(pipeline, name, stage)
+    assert stage.run_dir is not None and stage.fingerprint is not None
+    tags = {"fingerprint": stage.fingerprint, "stage": name, "kind": stage.config.kind, "pipeline": pipeline.name}
+    tags |= {f"parent.{label}": source.digest or "" for label, source in stage.inputs.items()}
+    if stage.state == "done":
+        logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
+        if rank() == 0:
+            sync(pipeline, stage.run_dir, name, tags)
+        return EXIT_DONE
+    distributed = type(stage.config).distributed
+    if rank() > 0 and not distributed:
+        return EXIT_DONE
+    return _execute(pipeline, stage, tags, distributed)
+
+
+def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], distributed: bool) -> int:
+    from pipeline.context import Context
+    from pipeline.distributed import barrier, world_from_environment
+
+    assert stage.run_dir is not None
+    world = world_from_environment(pipeline.runtime)
+    main_rank = world.is_main
+    if main_rank:
+        graph.record_identity(stage)
+        (stage.run_dir / "STOP").unlink(missing_ok=True)
+    if distributed:
+        from pipeline.engine import start_process_group
+
+        start_process_group(world)
+    barrier()
+    setup_logging(world.rank, stage.run_dir)
+    verb = "resumes" if stage.state == "resume" else "starts"
+    logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
+    status = Status(stage.run_dir, main_rank)
+    tracker = Tracker(
+        pipeline, stage.run_dir if main_rank else None, stage.name, tags, stage.parameters, stage.datasets
+    )
+    context = Context(pipeline, stage, world, tracker, status)
+    try:
+        if not distributed:
+            tracker.start(0)
+        module_of(stage.config.kind).run(context, stage.config)
+    except BaseException as error:
+        stopped = isinstance(error, Stopped)
+        code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
+        status.ended("stopped" if stopped else "failed", code, str(error))
+        tracker.finish("KILLED" if stopped else "FAILED")
+        if isinstance(error, VitruvianError):
+            raise
+        logger.exception("%s failed", stage.name)
+        return code
+    status.ended("done", EXIT_DONE)
+    tracker.finish("FINISHED", stage.run_dir / "artifact")
+    barrier()
+    logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
+    return EXIT_DONE
+
+
+def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str]) -> StagePlan:
+    """The plan of a stage whose inputs exist. Rank 0 makes missing data, fetches missing models; the others wait.
+
+    Raises ArtifactError with the command to type where a trained input is missing, DataError where the user's raw data is.
+    """
+    while True:
+        plans = graph.plan(pipeline, [name])
+        if plans[name].state != "waiting":
+            return plans[name]
+        graph.require_raw_data(plans[name])
+        missing = next(stage for stage in plans.values() if stage.state != "done" and stage.name != name)
+        prepares = type(missing.config).prepares
+        if rank() > 0:
+            if not prepares and missing.state != "waiting":
+                time.sleep(5.0)  # rank 0 may be fetching it; where it gives up, the launcher ends this process
+            time.sleep(1.0)
+        elif prepares:
+            logger.info("%s needs %s: making it first (%s)", name, missing.name, missing.reason)
+            _run_alone(missing.name, config, overrides)
+        elif not _fetch(pipeline, missing):
+            words = shlex.join([*overrides])
+            raise ArtifactError(
+                f"stage {name!r} needs the artifact of {missing.name!r}, which {missing.reason.split(';')[0]}; make it "
+                f"with: vitruvian run {config} --until {missing.name} {words}".rstrip()
+            )
+
+
+def _run_alone(name: str, config: str, overrides: list[str]) -> None:
+    """One stage in a process of its own, outside the launcher's world."""
+    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
+    command = [sys.executable, "-m", "launchers.run_stage", "--stage", name, "--config", config, *overrides]
+    code = subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}).returncode
+    if code:
+        error = VitruvianError(f"stage {name!r} ended with exit code {code}; its message is above")
+        error.exit_code = code if code > 0 else EXIT_FAILURE
+        raise error
+
+
+def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
+    """Takes a finished stage's artifact from MLflow, found by its fingerprint, where this machine lacks it."""
+    uri = tracking_uri(pipeline)
+    if uri is None or stage.run_dir is None or stage.fingerprint is None or pipeline.tracking.uri == "auto":
+        return False
+    try:
+        found = download(uri, stage.run_dir, fingerprint=stage.fingerprint)
+    except Exception as error:  # MLflow may raise anything; the user learns why it did not help
+        logger.warning("MLflow at %s has no help: %s", uri, str(error).splitlines()[0][:160])
+        return False
+    if found:
+        logger.info("%s: fetched from MLflow at %s", stage.name, uri)
+    return found
+
+
+def _set_aside(pipeline: PipelineConfig, name: str, stage: StagePlan) -> StagePlan:
+    """Renames an existing run directory, so that the stage starts over and nothing is lost."""
+    assert stage.run_dir is not None
+    if rank() == 0 and stage.run_dir.exists():
+        count = len(list(stage.run_dir.parent.glob(f"{stage.run_dir.name}.old-*")))
+        stage.run_dir.rename(stage.run_dir.with_name(f"{stage.run_dir.name}.old-{count + 1}"))
+        logger.info("%s: the old run was moved to %s.old-%d", name, stage.run_dir, count + 1)
+    return graph.plan(pipeline, [name])[name]
+
+
+def rank() -> int:
+    """Of this process, by the launcher's environment."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process for good. A clean interpreter exit aborts now and then in the communication libraries' threads."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized() and code == EXIT_DONE:
+            dist.barrier()
+            dist.destroy_process_group()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,192 @@
+"""What a finished stage publishes: files under a manifest, immutable, named by the digest of their content.
+
+```
+<run directory>/artifact/
+    manifest.json        written last; without it the folder is not an artifact
+    model.safetensors    weights, for stages that train
+    model.json           how to build the model that they fit
+    metrics.json         what was measured
+    card.md              for people
+    pictures/            for people
+```
+Only the payload (everything but metrics, card and pictures) enters the digest, so that two runs which computed the same
+thing publish the same digest.
+"""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.config import Strict
+from pipeline.errors import ArtifactError
+from pipeline.files import digest_of, publish_folder, read_json, sha256, write_json
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+_FOR_PEOPLE = ("metrics.json", "card.md", "pictures/")
+
+
+class FileRecord(Strict):
+    """One file of an artifact."""
+
+    sha256: str
+    size: int
+
+
+class Parent(Strict):
+    """An artifact that this one was made from."""
+
+    stage: str
+    digest: str
+    fingerprint: str | None = None
+    mlflow_run: str | None = None
+
+
+class Manifest(Strict):
+    """The contract of an artifact; see the module docstring."""
+
+    schema_version: int = SCHEMA_VERSION
+    pipeline: str
+    stage: str
+    kind: str
+    fingerprint: str
+    digest: str
+    files: dict[str, FileRecord]
+    config: dict[str, Any]
+    parents: dict[str, Parent]
+    metrics: dict[str, float]
+    licences: list[str]
+    environment: dict[str, str]
+    created: str
+    mlflow_run: str | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact on a local path."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        """Of the payload."""
+        return self.manifest.digest
+
+    def file(self, name: str) -> Path:
+        """The path of one of its files, after its digest was checked. Raises ArtifactError."""
+        record = self.manifest.files.get(name)
+        if record is None:
+            has = ", ".join(sorted(self.manifest.files)[:8])
+            raise ArtifactError(
+                f"{self.path}: an artifact of kind {self.manifest.kind!r} without {name!r}; it has {has}"
+            )
+        path = self.path / name
+        if not path.is_file():
+            raise ArtifactError(
+                f"{path}: missing although the manifest names it; restore it or run the stage with --fresh"
+            )
+        if path.stat().st_size != record.size or sha256(path) != record.sha256:
+            raise ArtifactError(
+                f"{path}: does not match the manifest's digest; restore it or run the stage with --fresh"
+            )
+        return path
+
+    def verify(self) -> None:
+        """Checks the digest of every file. Raises ArtifactError."""
+        for name in self.manifest.files:
+            self.file(name)
+
+
+def publish(staged: Path, final: Path, **fields: Any) -> Artifact:
+    """Turns a folder of finished files into the artifact at `final`, in one rename.
+
+    `fields` are the manifest's, without `digest` and `files`, which are computed here. Every file is made durable
+    before the manifest is.
+    """
+    files = {
+        str(path.relative_to(staged)): FileRecord(sha256=sha256(path), size=path.stat().st_size)
+        for path in sorted(staged.rglob("*"))
+        if path.is_file()
+    }
+    manifest = Manifest(
+        digest=payload_digest(files),
+        files=files,
+        environment=environment(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        **fields,
+    )
+    write_json(staged / MANIFEST, manifest.model_dump())
+    publish_folder(staged, final)
+    return Artifact(final, manifest)
+
+
+def payload_digest(files: Mapping[str, FileRecord]) -> str:
+    """The digest that names an artifact: of its payload's names and digests."""
+    return digest_of({name: record.sha256 for name, record in files.items() if not name.startswith(_FOR_PEOPLE)})
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Opens the artifact in a folder, checking its manifest and the presence and size of its files.
+
+    Digests are checked by `Artifact.file`, when a file is used. Raises ArtifactError.
+    """
+    where = path / MANIFEST
+    if not where.is_file():
+        raise ArtifactError(f"{path}: no artifact here ({MANIFEST} is missing)")
+    try:
+        raw = read_json(where)
+        if raw.get("schema_version", 0) > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{where}: schema version {raw['schema_version']} is newer than this program's; update it"
+            )
+        manifest = Manifest.model_validate(raw)
+    except (OSError, ValueError, AttributeError, ValidationError) as error:
+        raise ArtifactError(f"{where}: not a manifest: {' '.join(str(error).split())[:200]}") from None
+    if manifest.digest != payload_digest(manifest.files):
+        raise ArtifactError(
+            f"{where}: its digest does not match its list of files; restore it or run the stage with --fresh"
+        )
+    for name, record in manifest.files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise ArtifactError(f"{where}: names a file outside the artifact: {name!r}")
+        if not file.is_file() or file.stat().st_size != record.size:
+            raise ArtifactError(f"{file}: missing or of another size than the manifest says; restore it or use --fresh")
+    return Artifact(path, manifest)
+
+
+def environment() -> dict[str, str]:
+    """What produced an artifact: versions, machine, commit."""
+    found = {"python": sys.version.split()[0], "platform": platform.platform(), "argv": " ".join(sys.argv)}
+    packages = ("torch", "deepspeed", "timm", "numpy", "opencv-python-headless", "pycocotools", "mlflow", "vitruvian")
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = git_commit()
+    return found | ({"git": commit} if commit else {})
+
+
+def git_commit() -> str | None:
+    """The commit that the code lies at, `-dirty` appended where it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=20
+        )
+        return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

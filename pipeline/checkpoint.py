@@ -1,0 +1,171 @@
+"""Resume points: atomic, verified, and independent of the ZeRO stage and the number of ranks.
+
+```
+<run directory>/resume/
+    step-00000120/
+        weights-00000.safetensors    float32 weights, both moments: whole tensors, spread over the ranks that wrote them
+        buffers-00000.safetensors    each rank's own buffers (batch-norm statistics differ by rank)
+        state.json                   step, optimizer steps, data position, best metric, MLflow run
+        manifest.json                sha256 and size of each file, written after all ranks finished
+```
+A folder counts only if its manifest verifies. The newest that does is taken; falling back is said loudly, and where
+points were saved but none verifies the stage stops instead of starting from scratch.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.distributed import World, barrier, broadcast_object, gather_objects
+from pipeline.errors import CheckpointError
+from pipeline.files import fsync_directory, fsync_tree, read_json, sha256, write_json
+from pipeline.graph import resume_points, step_of
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+
+
+class ResumePoints:
+    """The resume points of one run directory."""
+
+    def __init__(self, run_dir: Path, world: World, keep: int = 2) -> None:
+        assert keep >= 2, "the last one may be damaged"
+        self.folder = run_dir / "resume"
+        self.world = world
+        self.keep = keep
+
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], buffers: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Collective. Writes this rank's share, then rank 0 publishes the whole in one rename and prunes old ones.
+
+        tensors: whole float32 tensors that this rank is responsible for; buffers: this rank's.
+        """
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".{final.name}"
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".step-*"):
+                shutil.rmtree(leftover)
+            temporary.mkdir()
+        barrier()
+        rank = f"{self.world.rank:05d}"
+        own = {f"weights-{rank}.safetensors": tensors, f"buffers-{rank}.safetensors": buffers}
+        for name, content in own.items():
+            save_file({key: value.contiguous() for key, value in content.items()}, temporary / name)
+        if self.world.is_main:
+            write_json(temporary / "state.json", {"schema_version": SCHEMA_VERSION, "step": step, **state})
+            own["state.json"] = {}
+        records = {name: _record(temporary / name) for name in own}
+        gathered = gather_objects(records)
+        if self.world.is_main:
+            files = {name: record for share in gathered for name, record in share.items()}
+            write_json(temporary / "manifest.json", {"schema_version": SCHEMA_VERSION, "files": files})
+            fsync_tree(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            fsync_directory(self.folder)
+            for old in resume_points(self.folder.parent)[: -self.keep]:
+                shutil.rmtree(old)
+        barrier()
+
+    def newest(self) -> Path | None:
+        """Collective. The newest point that verifies; None where the stage never saved one.
+
+        Raises CheckpointError if points exist and none verifies.
+        """
+        found = broadcast_object(_attempt(self._newest) if self.world.is_main else None)
+        if isinstance(found, CheckpointError):
+            raise found
+        return found
+
+    def _newest(self) -> Path | None:
+        points = resume_points(self.folder.parent)
+        damaged = []
+        for point in reversed(points):
+            fault = verify(point)
+            if fault is None:
+                if damaged:
+                    logger.error("FALLING BACK to the resume point of step %d: %s", step_of(point), "; ".join(damaged))
+                return point
+            damaged.append(fault)
+        saved = self._once_saved()
+        if damaged or saved:
+            what = "; ".join(damaged) or f"step {saved} was saved, but its folder is gone"
+            raise CheckpointError(
+                f"{self.folder}: no resume point can be read ({what}); restore one, or start over on purpose with --fresh"
+            )
+        return None
+
+    def _once_saved(self) -> int:
+        """The last step that the status file says was saved; 0 where none was."""
+        status = self.folder.parent / "status.json"
+        try:
+            return int(read_json(status).get("saved_step", 0)) if status.is_file() else 0
+        except (ValueError, AttributeError):
+            return 0
+
+
+def verify(point: Path) -> str | None:
+    """What is wrong with a resume point, or None. Reads every byte."""
+    try:
+        manifest = read_json(point / "manifest.json")
+        if manifest["schema_version"] > SCHEMA_VERSION:
+            return f"{point.name}: written by a newer version of this program"
+        for name, record in manifest["files"].items():
+            path = point / name
+            if not path.is_file():
+                return f"{point.name}: {name} is missing"
+            if _record(path) != record:
+                return f"{point.name}: {name} does not match its digest"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{point.name}: its manifest can't be read ({type(error).__name__})"
+    return None
+
+
+def load_state(point: Path) -> dict[str, Any]:
+    """The plain data of a verified resume point."""
+    return read_json(point / "state.json")
+
+
+def load_tensors(point: Path) -> dict[str, Tensor]:
+    """All whole tensors of a verified resume point, whoever wrote them, on the CPU."""
+    return _load_all(sorted(point.glob("weights-*.safetensors")))
+
+
+def load_buffers(point: Path, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    """A rank's own buffers where the world has the size it had; else those of all ranks, to be averaged."""
+    files = sorted(point.glob("buffers-*.safetensors"))
+    if len(files) == world_size:
+        files = [files[rank]]
+    return [_load_all([file]) for file in files]
+
+
+def _load_all(files: list[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+    return tensors
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256(path), "size": path.stat().st_size}
+
+
+def _attempt(action: Callable[[], Path | None]) -> Path | CheckpointError | None:
+    """The result, or the error as a value, so that rank 0 can tell the others instead of leaving them waiting."""
+    try:
+        return action()
+    except CheckpointError as error:
+        return error

@@ -1,0 +1,314 @@
+"""Strict typed configuration: one YAML file (with at most one base), dotted overrides, one line per mistake.
+
+The order is: the base, the file, the overrides, then validation. Nothing is guessed: an unknown key is an error that
+names the closest known one, and after validation every section is frozen.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+
+class Strict(BaseModel):
+    """A configuration section: unknown keys are errors, values are frozen after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class _NotInFingerprint:
+    """Marks a field that does not change the result, so that changing it does not start a new run."""
+
+
+NotInFingerprint = _NotInFingerprint()
+
+
+class EngineConfig(Strict):
+    """How a stage is spread over processes and in which precision it computes."""
+
+    zero_stage: Annotated[Literal[0, 1, 2, 3], NotInFingerprint] = 1
+    """DeepSpeed ZeRO stage: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters are sharded."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 computes under autocast with float32 weights; reductions of gradients stay float32."""
+
+
+class RuntimeConfig(Strict):
+    """What machine the stage runs on. Nothing here changes the result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    processes: int | None = Field(None, ge=1)
+    """Processes that `vitruvian run` starts for a training stage; unset: one per GPU, one on a CPU."""
+    workers: int | None = Field(None, ge=0)
+    """Data loading processes per rank; unset: shares the cores out, at most 8."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads per rank; unset: the cores shared out over the ranks of this machine."""
+    deterministic: bool = False
+    """Deterministic GPU kernels, for bitwise resume on a GPU. On a CPU resume is always bitwise."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Samples per rank and forward; unset: the global batch over the ranks, without accumulation."""
+
+
+class TrackingConfig(Strict):
+    """Where metrics and artifacts go besides the run directory."""
+
+    uri: str | None = "auto"
+    """MLflow tracking URI; `auto` is a sqlite file in the workspace, null is none."""
+    experiment: str | None = None
+    """MLflow experiment; unset: the pipeline's name."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two lines of metrics."""
+
+
+class StageConfig(Strict):
+    """What every stage kind's section has. Kinds derive from it and add their own keys and `inputs`."""
+
+    version: ClassVar[int] = 1
+    """Raised when the kind computes something else than before: part of the fingerprint."""
+    prepares: ClassVar[bool] = False
+    """True for kinds that only prepare data: a stage that needs one runs it first."""
+    distributed: ClassVar[bool] = False
+    """True for kinds that train under the engine, on any number of processes."""
+
+    kind: str
+    """The stage kind: a file of `stages/`."""
+    description: str = Field("", exclude=False)
+    """For people; shown in `vitruvian status`."""
+
+    def references(self) -> dict[str, str]:
+        """The inputs by label: names of stages, paths or URIs. Unset ones are left out."""
+        inputs = getattr(self, "inputs", None)
+        found: dict[str, str] = {}
+        for label, value in inputs or ():
+            if isinstance(value, str):
+                found[label] = value
+            elif isinstance(value, Mapping):
+                found |= {f"{label}.{key}": reference for key, reference in value.items()}
+        return found
+
+
+class PipelineConfig(Strict):
+    """A whole pipeline file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Names the run directories and the MLflow experiment."""
+    description: str = ""
+    """What it is for: which paper row, which data, what was measured."""
+    workspace: Path = Path("workspace")
+    """Where runs live; relative to the current directory."""
+    seed: int = Field(0, ge=0)
+    """Of initialisation, order, augmentation, masks and drop path."""
+    engine: EngineConfig = EngineConfig()
+    """Distribution and precision."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """The machine."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics and artifacts."""
+    stages: dict[str, Any]
+    """Stage sections by name."""
+
+    @model_validator(mode="after")
+    def _bf16_needs_zero_or_autocast(self) -> "PipelineConfig":
+        if not self.stages:
+            raise ValueError("a pipeline needs at least one stage")
+        return self
+
+
+def load_pipeline(
+    source: str | Path, overrides: Sequence[str], kinds: Mapping[str, type[StageConfig]]
+) -> PipelineConfig:
+    """Reads a pipeline: a YAML file's path or the name of a shipped preset, with `key=value` overrides.
+
+    Raises ConfigError with one line per mistake: where, what was found, what was expected.
+    """
+    raw = _with_base(source)
+    for override in overrides:
+        _apply_override(raw, override)
+    stages = raw.get("stages")
+    mistakes: list[str] = []
+    if isinstance(stages, dict):
+        stages = {name: section for name, section in stages.items() if section is not None}
+        raw = {**raw, "stages": {name: _stage(name, section, kinds, mistakes) for name, section in stages.items()}}
+    try:
+        pipeline = PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        mistakes = explain(error, PipelineConfig, "") + mistakes
+    if mistakes:
+        raise ConfigError(f"{source}: " + "\n  ".join(mistakes))
+    _check_references(str(source), pipeline)
+    return pipeline
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, by safe_load. Raises ConfigError for anything else."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(content).__name__}")
+    return content
+
+
+def shipped_presets() -> list[str]:
+    """Names of the pipelines that the package ships."""
+    folder = resources.files("configs") / "pipelines"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
+    """One line per mistake in a pydantic error: where, what is wrong, the value, the closest known key."""
+    lines = []
+    for item in error.errors():
+        where = ".".join([prefix] * bool(prefix) + [str(part) for part in item["loc"]]) or "(top)"
+        if item["type"] == "extra_forbidden":
+            known = sorted(_fields_at(model, item["loc"][:-1]))
+            lines.append(f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(item["input"], (dict, list)) else f", found {item['input']!r}"
+            lines.append(f"{where}: {message[0].lower() + message[1:]}{found}")
+    return lines
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or the known words where none is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def fingerprint_view(config: BaseModel) -> dict[str, Any]:
+    """The part of a section that changes the result, as plain data."""
+    view: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        if any(isinstance(mark, _NotInFingerprint) for mark in field.metadata) or name in ("description", "inputs"):
+            continue
+        value = getattr(config, name)
+        view[name] = fingerprint_view(value) if isinstance(value, BaseModel) else _plain(value)
+    return view
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return fingerprint_view(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _with_base(source: str | Path) -> dict[str, Any]:
+    path = _pipeline_path(str(source))
+    raw = read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    base_path = _pipeline_path(str(base), beside=path.parent)
+    base_raw = read_yaml(base_path)
+    if "base" in base_raw:
+        raise ConfigError(f"{path}: its base {base_path} has a base itself; one level is the limit")
+    return _merge(base_raw, raw)
+
+
+def _pipeline_path(name: str, beside: Path | None = None) -> Path:
+    for candidate in ([beside / name] if beside else []) + [Path(name)]:
+        if candidate.is_file():
+            return candidate
+    preset = resources.files("configs") / "pipelines" / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        return Path(str(preset))
+    raise ConfigError(
+        f"no pipeline {name!r}: neither a file nor a shipped preset{did_you_mean(name, shipped_presets())}"
+    )
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected key=value with a dotted key, such as stages.mae.steps=100")
+    try:
+        value = yaml.safe_load(_scientific(text))
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    *parents, last = key.split(".")
+    section: Any = raw
+    for part in parents:
+        section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is not a section")
+    section[last] = value
+
+
+def _scientific(text: str) -> str:
+    """YAML 1.1 reads 1e-4 as a string: it wants 1.0e-4."""
+    try:
+        float(text)
+    except ValueError:
+        return text
+    return text if "e" not in text.lower() or "." in text else text.lower().replace("e", ".0e", 1)
+
+
+def _stage(name: str, section: Any, kinds: Mapping[str, type[StageConfig]], mistakes: list[str]) -> Any:
+    where = f"stages.{name}"
+    if not isinstance(section, dict):
+        mistakes.append(f"{where}: expected a section, found {section!r}")
+        return None
+    kind = section.get("kind")
+    if kind not in kinds:
+        mistakes.append(f"{where}.kind: unknown stage kind {kind!r}{did_you_mean(str(kind), sorted(kinds))}")
+        return None
+    try:
+        return kinds[kind].model_validate(section)
+    except ValidationError as error:
+        mistakes.extend(explain(error, kinds[kind], where))
+        return None
+
+
+def _check_references(source: str, pipeline: PipelineConfig) -> None:
+    for name, stage in pipeline.stages.items():
+        for label, reference in stage.references().items():
+            looks_external = "/" in reference or ":" in reference or Path(reference).exists()
+            if reference not in pipeline.stages and not looks_external:
+                hint = did_you_mean(reference, sorted(pipeline.stages))
+                raise ConfigError(f"{source}: stages.{name}.inputs.{label}: no stage and no path {reference!r}{hint}")
+
+
+def _fields_at(model: Any, loc: Sequence[Any]) -> set[str]:
+    """Field names of the section that `loc` leads to, through nested models, optionals, lists and mappings."""
+    candidates = _models_in(model)
+    for part in loc:
+        following: list[type[BaseModel]] = []
+        for candidate in candidates:
+            field = candidate.model_fields.get(str(part))
+            following += _models_in(field.annotation) if field else []
+        candidates = following or candidates
+    return {name for candidate in candidates for name in candidate.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,157 @@
+"""Looks a dataset over before anything is trained on it: what is there, what is suspicious, what is missing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.annotations import Annotations, Problem, read, read_detections
+from pipeline.data.definitions import DatasetSource, ResolvedFiles
+from pipeline.data.instance import Instance
+from pipeline.data.readers import files
+from pipeline.data.readers.records import ImageRecord
+
+EXAMPLES = 5
+"""Problems of a kind that a report quotes."""
+MAX_ASPECT = 10.0
+"""A box more elongated than this is suspicious."""
+MAX_DISTANCE = 0.5
+"""A keypoint farther outside its box than this share of the box's side is suspicious."""
+
+
+@dataclass
+class ProblemGroup:
+    """All problems of one kind."""
+
+    count: int = 0
+    dropped: int = 0
+    """How many of them keep a record from being used."""
+    examples: list[Problem] = field(default_factory=list)
+    """The first ones."""
+
+    def add(self, problem: Problem) -> None:
+        """Counts a problem."""
+        self.count += 1
+        self.dropped += problem.dropped
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(problem)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found."""
+
+    dataset: str
+    split: str
+    files: ResolvedFiles
+    """`detections` and `truth` are None where there are none."""
+    images: int
+    """Images that the annotation file names."""
+    annotations: int
+    """Annotations in the file, usable or not."""
+    people: int
+    """Annotations that are used."""
+    keypoints: dict[str, int]
+    """How often each keypoint is labelled, over the people used."""
+    detections: int | None
+    """Usable detector boxes; None where there is no such file."""
+    problems: dict[str, ProblemGroup]
+    """Suspicious records by kind, the most frequent first; images that are missing or can't be opened among them."""
+    missing_images: int
+    """Image files that are not there."""
+    unreadable_images: int
+    """Image files whose header can't be read."""
+    size_mismatches: int
+    """Images of another size than annotated."""
+    digest: str
+    """sha256 of the annotation file."""
+
+    @property
+    def sound(self) -> bool:
+        """True where nothing is suspicious."""
+        return not self.problems
+
+
+def check(source: DatasetSource, root: str | Path) -> CheckReport:
+    """Reads a split as training would, and looks at the headers of its images.
+
+    Pixels are not decoded. Raises what `read` and `read_detections` raise: ConfigError and DataError.
+    """
+    annotations = read(source, root)
+    detections = len(read_detections(annotations)) if annotations.files.detections else None
+    groups: dict[str, ProblemGroup] = {}
+    for problem in _all_problems(annotations):
+        groups.setdefault(problem.kind, ProblemGroup()).add(problem)
+
+    def count(kind: str) -> int:
+        return groups[kind].count if kind in groups else 0
+
+    return CheckReport(
+        dataset=annotations.definition.name,
+        split=source.split,
+        files=annotations.files,
+        images=len(annotations.images),
+        annotations=annotations.records,
+        people=len(annotations.instances),
+        keypoints=_labelled(annotations),
+        detections=detections,
+        problems=dict(sorted(groups.items(), key=lambda item: -item[1].count)),
+        missing_images=count("image missing"),
+        unreadable_images=count("image unreadable"),
+        size_mismatches=count("image size differs"),
+        digest=annotations.digest,
+    )
+
+
+def _all_problems(annotations: Annotations) -> Iterator[Problem]:
+    yield from annotations.problems
+    for instance in annotations.instances:
+        where = f"{annotations.files.annotations}: annotation {instance.id} (image {instance.image_id})"
+        for kind, what in _oddities(instance):
+            yield Problem(where, what, dropped=False, kind=kind)
+    for image in annotations.images.values():
+        fault = _image_fault(image)
+        if fault:
+            kind, what = fault
+            yield Problem(image.path, what, dropped=kind != "image size differs", kind=kind)
+
+
+def _labelled(annotations: Annotations) -> dict[str, int]:
+    names = annotations.definition.keypoints
+    counts = np.zeros(len(names), dtype=np.int64)
+    for instance in annotations.instances:
+        counts += instance.keypoints[:, 2] > 0
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _oddities(instance: Instance) -> Iterator[tuple[str, str]]:
+    """Kind and description of what is possible, but rarely meant."""
+    x, y, width, height = instance.bbox
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        yield "box very elongated", f"width {width:.1f}, height {height:.1f}"
+    points = instance.keypoints[instance.keypoints[:, 2] > 0, :2]
+    if not len(points):
+        return
+    start, side = np.array([x, y]), np.array([width, height])
+    far = ((points < start - MAX_DISTANCE * side) | (points > start + (1 + MAX_DISTANCE) * side)).any(axis=1)
+    if far.any():
+        box = [round(value, 1) for value in instance.bbox]
+        yield "keypoint far outside its box", f"{far.sum()} keypoints, such as {points[far][0].tolist()}, bbox {box}"
+    if len(points) > 1 and (points == points[0]).all():
+        yield "keypoints all at one place", f"{len(points)} keypoints at {points[0].tolist()}"
+
+
+def _image_fault(image: ImageRecord) -> tuple[str, str] | None:
+    """Kind and description of what is wrong with an image file, by its header."""
+    try:
+        with files.open_binary(image.path) as stream, Image.open(stream) as picture:
+            width, height = picture.size
+    except FileNotFoundError:
+        return "image missing", "no such file"
+    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
+        return "image unreadable", " ".join(str(error).split())
+    if image.width is not None and (width, height) != (image.width, image.height):
+        return "image size differs", f"{width} x {height}, annotated {image.width} x {image.height}"
+    return None

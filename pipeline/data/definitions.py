@@ -1,0 +1,221 @@
+"""What a dataset is: its keypoints, and where its files lie on people's disks. A new dataset is a new YAML."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.config import Strict, did_you_mean, explain, read_yaml
+from pipeline.data.readers import files
+from pipeline.errors import ConfigError
+
+
+class Licence(Strict):
+    """Who allows what; published with every artifact that was trained on the data."""
+
+    annotations: str
+    """Name and URL of the annotations' licence."""
+    images: str
+    """Name and URL of the images' licence."""
+
+
+class SplitFiles(Strict):
+    """Where one split's files may lie, relative to the data root. The first place that exists is taken."""
+
+    annotations: tuple[str, ...]
+    """Annotation files."""
+    images: tuple[str, ...]
+    """Folders that hold the images."""
+    detections: tuple[str, ...] = ()
+    """Boxes of a person detector (a list of image_id, category_id, bbox, score), for evaluation."""
+    truth: tuple[str, ...] = ()
+    """Ground truth that the annotation file lacks (MPII: mpii_gt_val.mat)."""
+
+
+class DatasetDefinition(Strict):
+    """A dataset definition, as a YAML in `configs/datasets` or anywhere else."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    """Names the dataset and its decoder."""
+    url: str = ""
+    """The dataset's home page."""
+    licence: Licence
+    """Of annotations and images."""
+    format: Literal["coco", "aic", "mpii", "boxes"]
+    """coco: images, annotations, categories; aic: the original AI Challenger list, or coco; mpii: the json list of
+    HRNet and mmpose; boxes: coco without keypoints."""
+    metric: Literal["coco", "aic", "crowdpose", "pckh", "none"]
+    """coco: AP with the annotated areas; aic: AP with area 0.53 x width x height of the box; crowdpose: as aic, and by
+    crowd index; pckh: MPII's."""
+    half_body_min_keypoints: int | None = Field(ge=0)
+    """Half-body augmentation only if strictly more keypoints are labelled; null: never."""
+    keypoints: tuple[str, ...]
+    """Names, in the order of the annotation files."""
+    flip_pairs: tuple[tuple[str, str], ...]
+    """Left and right partners, which a mirrored image swaps."""
+    sigmas: tuple[float, ...]
+    """OKS sigma of each keypoint."""
+    upper_body: tuple[str, ...]
+    """The upper half, for half-body augmentation; the others are the lower half."""
+    skeleton: tuple[tuple[str, str], ...]
+    """Limbs, for pictures."""
+    splits: dict[str, SplitFiles]
+    """Files by split: train, val, test, ..."""
+
+    @model_validator(mode="after")
+    def _keypoints_are_consistent(self) -> Self:
+        _no_twice("keypoints", self.keypoints)
+        _no_twice("upper_body", self.upper_body)
+        _no_twice("flip_pairs", [name for pair in self.flip_pairs for name in pair])
+        mentioned = {"flip_pairs": self.flip_pairs, "skeleton": self.skeleton, "upper_body": [self.upper_body]}
+        for field, groups in mentioned.items():
+            for name in (name for group in groups for name in group):
+                if name not in self.keypoints:
+                    raise ValueError(f"{field}: unknown keypoint {name!r}{did_you_mean(name, self.keypoints)}")
+        if len(self.sigmas) != len(self.keypoints):
+            raise ValueError(
+                f"sigmas: expected one for each of {len(self.keypoints)} keypoints, found {len(self.sigmas)}"
+            )
+        if any(sigma <= 0 for sigma in self.sigmas):
+            raise ValueError(f"sigmas: expected positive numbers, found {min(self.sigmas)}")
+        return self
+
+    @model_validator(mode="after")
+    def _format_and_metric_fit(self) -> Self:
+        if (self.format == "boxes") != (not self.keypoints):
+            raise ValueError(f"format {self.format!r} with {len(self.keypoints)} keypoints: only 'boxes' has none")
+        if self.format == "boxes" and self.metric != "none":
+            raise ValueError(f"metric: expected none for format 'boxes', found {self.metric!r}")
+        if self.metric == "pckh" and self.format != "mpii":
+            raise ValueError(f"metric: pckh needs format 'mpii', found {self.format!r}")
+        if self.format == "mpii" and self.metric not in ("pckh", "none"):
+            raise ValueError(f"metric: format 'mpii' has no ground truth for {self.metric!r}, expected pckh or none")
+        return self
+
+    @property
+    def num_keypoints(self) -> int:
+        """K."""
+        return len(self.keypoints)
+
+    @property
+    def flip_index(self) -> np.ndarray:
+        """(K,) int64: a mirrored person's keypoint k is the original's flip_index[k]."""
+        index = np.arange(self.num_keypoints, dtype=np.int64)
+        for left, right in self._pairs(self.flip_pairs):
+            index[left], index[right] = right, left
+        return index
+
+    @property
+    def upper_body_index(self) -> np.ndarray:
+        """(U,) int64, ascending: the keypoints of the upper body."""
+        return np.array(sorted(self.keypoints.index(name) for name in self.upper_body), dtype=np.int64)
+
+    @property
+    def skeleton_index(self) -> np.ndarray:
+        """(L, 2) int64: the keypoints that each limb joins."""
+        return np.array(self._pairs(self.skeleton), dtype=np.int64).reshape(-1, 2)
+
+    def _pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+        return [(self.keypoints.index(first), self.keypoints.index(second)) for first, second in pairs]
+
+
+class DatasetSource(Strict):
+    """A split of a dataset to read. Written as a mapping, or as the bare name of a definition."""
+
+    name: str
+    """A shipped definition's name (coco, aic, ...) or the path of a definition YAML."""
+    split: str = "train"
+    """One of the definition's splits."""
+    annotations: str | None = None
+    """Annotation file, instead of the definition's places: relative to the data root, absolute, or an fsspec URL."""
+    images: str | None = None
+    """Image folder, likewise."""
+    detections: str | None = None
+    """Detector boxes, likewise."""
+    truth: str | None = None
+    """Additional ground truth, likewise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class ResolvedFiles(NamedTuple):
+    """Paths or URLs of one split's files; None for those that it does not have."""
+
+    annotations: str
+    images: str
+    detections: str | None
+    truth: str | None
+
+
+def shipped_definitions() -> list[str]:
+    """Names of the definitions that the package ships."""
+    folder = resources.files("configs") / "datasets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_definition(name_or_path: str) -> DatasetDefinition:
+    """A shipped definition by its name, or one from a YAML file by its path.
+
+    Raises ConfigError for an unknown name, and with one line per mistake for a definition that is not valid.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and path.name == name_or_path:
+        path = Path(str(resources.files("configs") / "datasets" / f"{name_or_path}.yaml"))
+        if not path.is_file():
+            hint = did_you_mean(name_or_path, shipped_definitions())
+            raise ConfigError(
+                f"no dataset definition {name_or_path!r} is shipped (give the path of your own .yaml){hint}"
+            )
+    try:
+        return DatasetDefinition.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "\n  ".join(explain(error, DatasetDefinition, ""))) from None
+
+
+def resolve(source: DatasetSource, root: str | Path) -> ResolvedFiles:
+    """Finds a split's files below the data root.
+
+    Detections and truth are None where the definition's places hold none. Raises ConfigError for a split that the
+    definition lacks, DataError that lists the places for anything else that is missing.
+    """
+    definition = load_definition(source.name)
+    split = definition.splits.get(source.split)
+    if split is None:
+        if source.annotations is None or source.images is None:
+            hint = did_you_mean(source.split, sorted(definition.splits))
+            raise ConfigError(f"dataset {source.name}: no split {source.split!r}{hint}")
+        split = SplitFiles(annotations=(), images=())
+    label, base = f"dataset {source.name}, split {source.split}", str(root)
+
+    def required(field: str, places: Sequence[str], kind: Callable[[str], bool]) -> str:
+        given = getattr(source, field)
+        places = [files.join(base, place) for place in (places if given is None else [given])]
+        hint = "put it there, or set the data root or this source's " + repr(field)
+        return files.first_found(f"{label}: {field}", places, kind, hint)
+
+    def optional(field: str, places: Sequence[str]) -> str | None:
+        if getattr(source, field) is not None:
+            return required(field, places, files.is_file)
+        return next((path for path in (files.join(base, place) for place in places) if files.is_file(path)), None)
+
+    # A parent folder may be a candidate, too, so a candidate must hold images; a folder that was asked for need not.
+    folder = files.is_image_folder if source.images is None else files.is_folder
+    return ResolvedFiles(
+        annotations=required("annotations", split.annotations, files.is_file),
+        images=required("images", split.images, folder),
+        detections=optional("detections", split.detections),
+        truth=optional("truth", split.truth),
+    )
+
+
+def _no_twice(field: str, names: Sequence[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"{field}: {twice[0]!r} is there more than once")

@@ -1,0 +1,1 @@
+"""One reader for each annotation format, and the records they share."""

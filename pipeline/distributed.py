@@ -1,0 +1,94 @@
+"""Who else runs: rank, world, device, and the few collectives that the machinery needs.
+
+Every function that communicates says that it is collective: all ranks must call it, in the same order.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import RuntimeConfig
+from pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes, logs and tracks."""
+        return self.rank == 0
+
+
+def world_from_environment(runtime: RuntimeConfig) -> World:
+    """Reads the launcher's RANK, LOCAL_RANK and WORLD_SIZE; a plain `python` is a world of one.
+
+    Sets the CPU threads of this process and the device. Not collective. Raises ConfigError if CUDA was asked for and
+    there is none.
+    """
+    rank = int(os.environ.setdefault("RANK", "0"))
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    size = int(os.environ.setdefault("WORLD_SIZE", "1"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    cuda = torch.cuda.is_available() and runtime.device != "cpu"
+    if runtime.device == "cuda" and not cuda:
+        raise ConfigError("runtime.device: cuda was asked for, but torch finds no CUDA device; use runtime.device=cpu")
+    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // local_size))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    if runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    return World(rank, local_rank, size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def rendezvous_alone() -> None:
+    """Lets a plain `python` form a process group of one, on a free loopback port."""
+    if "MASTER_ADDR" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+
+
+def barrier() -> None:
+    """Collective. Waits for all ranks; alone it does nothing."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: Any) -> Any:
+    """Collective. Rank 0's value on every rank: file-system facts are decided once."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Collective. Every rank's value, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """Collective. Element-wise sum of a few numbers, in one reduction."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()

@@ -1,0 +1,266 @@
+"""COCO's AP and AR for keypoints, and the variants of AI Challenger and CrowdPose.
+
+pycocotools matches predictions to people, once an image. The curves are accumulated here from those matches, the same
+numbers as `COCOeval.accumulate` gives, so that AP can be had for any multiset of images: a crowd level, a bootstrap
+resample.
+"""
+
+import contextlib
+import io
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval, Params
+
+from pipeline.data.definitions import DatasetDefinition
+from pipeline.errors import DataError
+from pipeline.evaluation.oks import metric_area, oks_nms, rescore
+from pipeline.evaluation.predictions import Prediction
+
+logger = logging.getLogger(__name__)
+
+UNDEFINED = -1.0
+"""Where there are no people to find, as in pycocotools."""
+CROWD_LEVELS = {"AP_easy": (-np.inf, 0.2), "AP_medium": (0.2, 0.8), "AP_hard": (0.8, np.inf)}
+"""Half-open ranges of an image's crowd index. The CrowdPose paper says 0.1, but its released evaluation splits easy
+from medium at 0.2, and so do all published numbers."""
+
+_OKS_50, _OKS_75 = 0, 5
+_RECALLS = Params("keypoints").recThrs
+
+
+@dataclass(frozen=True, eq=False)
+class AreaMatches:
+    """The matches of one range of areas, detections by falling score: D of them, T OKS thresholds, I images."""
+
+    image: np.ndarray
+    """(D,) int64 position of each detection's image."""
+    hits: np.ndarray
+    """(T, D) bool: found a person who counts."""
+    misses: np.ndarray
+    """(T, D) bool: found none. Neither a hit nor a miss: found someone who does not count."""
+    positives: np.ndarray
+    """(I,) int64 people who count."""
+
+    def accumulate(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Interpolated precision (T, 101) and recall (T,) when image i is there counts[i] times; None without people.
+
+        Equals `COCOeval.accumulate` on the repeated images: among copies of a detection the last has the highest
+        precision, and the interpolation looks no further than that.
+        """
+        positives = int(counts @ self.positives)
+        if positives == 0:
+            return None
+        thresholds, detections = self.hits.shape
+        sampled = np.zeros((thresholds, len(_RECALLS)))
+        if detections == 0:
+            return sampled, np.zeros(thresholds)
+        weights = counts[self.image]
+        hits = np.cumsum(self.hits * weights, axis=1, dtype=np.float64)
+        misses = np.cumsum(self.misses * weights, axis=1, dtype=np.float64)
+        recall = hits / positives
+        precision = hits / (misses + hits + np.spacing(1))
+        envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+        for row in range(thresholds):
+            at = np.searchsorted(recall[row], _RECALLS, side="left")
+            reached = at < detections
+            sampled[row, reached] = envelope[row, at[reached]]
+        return sampled, recall[:, -1]
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """All images of an evaluation, matched."""
+
+    image_ids: tuple[int | str, ...]
+    crowd: np.ndarray | None
+    """(I,) float64 crowd index of each image (NaN where it has none) for metric crowdpose; else None."""
+    areas: dict[str, AreaMatches]
+    """By range of areas: all, medium, large."""
+
+    def average_precision(self, counts: np.ndarray | None = None) -> float:
+        """AP in percent when image i is there counts[i] times, by default once; -1 where there are no people."""
+        found = self.areas["all"].accumulate(self._counts(counts))
+        return UNDEFINED if found is None else 100.0 * float(found[0].mean())
+
+    def metrics(self, counts: np.ndarray | None = None) -> dict[str, float]:
+        """What `evaluate_coco` returns, when image i is there counts[i] times, by default once."""
+        counts = self._counts(counts)
+        found = {name: area.accumulate(counts) for name, area in self.areas.items()}
+        values = {}
+        for kind, prefix in enumerate(("AP", "AR")):
+            values[prefix] = _mean(found["all"], kind)
+            values[f"{prefix}50"] = _mean(found["all"], kind, _OKS_50)
+            values[f"{prefix}75"] = _mean(found["all"], kind, _OKS_75)
+            values[f"{prefix}M"] = _mean(found["medium"], kind)
+            values[f"{prefix}L"] = _mean(found["large"], kind)
+        if self.crowd is not None:
+            for name, (low, high) in CROWD_LEVELS.items():
+                values[name] = self.average_precision(counts * ((self.crowd >= low) & (self.crowd < high)))
+        return values
+
+    def _counts(self, counts: np.ndarray | None) -> np.ndarray:
+        return np.ones(len(self.image_ids), np.int64) if counts is None else counts
+
+
+def coco_results(
+    predictions: Sequence[Prediction], definition: DatasetDefinition, nms: bool = True
+) -> list[dict[str, Any]]:
+    """COCO's results list: image_id, category_id 1, keypoints (3 K numbers) and score, rescored and after OKS-NMS.
+
+    Of several predictions for one annotated person the first is taken. A prediction that is not finite is left out,
+    with a warning: to pycocotools, NaN matches anything.
+    """
+    assert all(len(prediction.keypoints) == definition.num_keypoints for prediction in predictions)
+    people: dict[int | str, list[Prediction]] = {}
+    seen, broken = set(), 0
+    for prediction in predictions:
+        if prediction.instance_id is not None and prediction.instance_id in seen:
+            continue
+        seen.add(prediction.instance_id)
+        if np.isfinite(prediction.keypoints).all() and np.isfinite(prediction.box_score):
+            people.setdefault(prediction.image_id, []).append(prediction)
+        else:
+            broken += 1
+    if broken:
+        logger.warning("%d of %d predictions are not finite and count as missing", broken, len(predictions))
+    results = []
+    for image_id, group in people.items():
+        scores = [rescore(prediction) for prediction in group]
+        kept = oks_nms(group, scores, definition.sigmas).tolist() if nms else range(len(group))
+        for index in kept:
+            keypoints = group[index].keypoints.astype(np.float64).ravel().tolist()
+            results.append({"image_id": image_id, "category_id": 1, "keypoints": keypoints, "score": scores[index]})
+    return results
+
+
+def evaluate_coco(
+    truth: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    definition: DatasetDefinition,
+    *,
+    image_ids: Collection[int | str] | None = None,
+) -> dict[str, float]:
+    """AP, AP50, AP75, APM, APL, AR, AR50, AR75, ARM, ARL in percent; -1 where there are no people of that kind.
+
+    Metric crowdpose adds AP_easy, AP_medium and AP_hard: AP on the images of each level of `CROWD_LEVELS`. At most 20
+    detections an image; areas as annotated, for aic and crowdpose 0.53 x width x height of the annotated box. `truth`
+    and `results` are in COCO's form and stay as they are; `image_ids` restricts the evaluation. Raises DataError as
+    `evaluate_images` does.
+    """
+    return evaluate_images(truth, results, definition, image_ids=image_ids).metrics()
+
+
+def evaluate_images(
+    truth: dict[str, Any],
+    results: Sequence[dict[str, Any]],
+    definition: DatasetDefinition,
+    *,
+    image_ids: Collection[int | str] | None = None,
+) -> Matches:
+    """Matches results to people in every image.
+
+    Raises DataError for an image that the truth does not have, and for a result whose keypoints are not 3 K finite
+    numbers.
+    """
+    records = {image["id"]: image for image in truth["images"]}
+    order = _ordered(records if image_ids is None else _known(set(image_ids), records))
+    number = {image_id: position for position, image_id in enumerate(order, start=1)}
+    people = [_person(one, definition, number) for one in truth["annotations"] if one["image_id"] in number]
+    _known({result["image_id"] for result in results}, records)
+    found = [_found(result, definition, number) for result in results if result["image_id"] in number]
+    crowd = None
+    if definition.metric == "crowdpose":
+        crowd = np.array([records[image_id].get("crowdIndex", np.nan) for image_id in order], np.float64)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_index(people, number), _index(found, number), "keypoints")
+        evaluation.params.kpt_oks_sigmas = np.array(definition.sigmas)
+        evaluation.evaluate()
+    labels, size = evaluation.params.areaRngLbl, len(order)
+    areas = {name: _gather(evaluation.evalImgs[i * size : (i + 1) * size]) for i, name in enumerate(labels)}
+    return Matches(tuple(order), crowd, areas)
+
+
+def _gather(images: list[dict[str, Any] | None]) -> AreaMatches:
+    """pycocotools' `evalImgs` of one range of areas, flattened and sorted as `COCOeval.accumulate` does."""
+    thresholds = len(Params("keypoints").iouThrs)
+    positives = np.array([0 if one is None else np.count_nonzero(one["gtIgnore"] == 0) for one in images], np.int64)
+    sizes = [0 if one is None else len(one["dtScores"]) for one in images]
+    known = [one for one in images if one is not None]
+    scores = np.array([score for one in known for score in one["dtScores"]], np.float64)
+    order = np.argsort(-scores, kind="stable")
+    empty = np.zeros((thresholds, 0), bool)
+    matched = np.concatenate([empty, *(one["dtMatches"] > 0 for one in known)], axis=1)[:, order]
+    counts = ~np.concatenate([empty, *(one["dtIgnore"] for one in known)], axis=1).astype(bool)[:, order]
+    return AreaMatches(np.repeat(np.arange(len(images)), sizes)[order], matched & counts, ~matched & counts, positives)
+
+
+def _mean(found: tuple[np.ndarray, np.ndarray] | None, kind: int, row: int | None = None) -> float:
+    """Mean precision (kind 0) or recall (1) in percent, of one OKS threshold or of all."""
+    if found is None:
+        return UNDEFINED
+    return 100.0 * float(found[kind].mean() if row is None else found[kind][row].mean())
+
+
+def _ordered(image_ids: Collection[int | str]) -> list[int | str]:
+    """COCOeval sorts by image id, which decides between equal scores; strings follow the numbers."""
+    return sorted(image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))
+
+
+def _known(wanted: set[int | str], records: dict[int | str, Any]) -> set[int | str]:
+    unknown = _ordered(wanted - records.keys())
+    if unknown:
+        shown = f"image {unknown[0]!r}" + (f" and {len(unknown) - 1} others" if len(unknown) > 1 else "")
+        raise DataError(f"evaluation: {shown} not among the {len(records)} images of the ground truth; wrong split?")
+    return wanted
+
+
+def _person(annotation: dict[str, Any], definition: DatasetDefinition, number: dict[int | str, int]) -> dict[str, Any]:
+    """An annotation of our own, as COCOeval writes into it. Its id follows in `_index`."""
+    bbox, keypoints = annotation["bbox"], annotation["keypoints"]
+    labelled = sum(flag > 0 for flag in keypoints[2::3])
+    return {
+        "image_id": number[annotation["image_id"]],
+        "category_id": 1,
+        "bbox": bbox,
+        "area": metric_area(definition, bbox, annotation.get("area", bbox[2] * bbox[3])),
+        "iscrowd": annotation.get("iscrowd", 0),
+        "num_keypoints": annotation.get("num_keypoints", labelled),
+        "keypoints": keypoints,
+    }
+
+
+def _found(result: dict[str, Any], definition: DatasetDefinition, number: dict[int | str, int]) -> dict[str, Any]:
+    """A detection as `COCO.loadRes` makes it: box and area are those around all keypoints."""
+    keypoints = np.asarray(result["keypoints"], np.float64)
+    if keypoints.shape != (3 * definition.num_keypoints,) or not np.isfinite([*keypoints, result["score"]]).all():
+        expected = f"{3 * definition.num_keypoints} finite keypoint numbers and a finite score"
+        raise DataError(f"evaluation: a result on image {result['image_id']!r}: expected {expected}")
+    x, y = keypoints[0::3], keypoints[1::3]
+    width, height = float(np.ptp(x)), float(np.ptp(y))
+    return {
+        "image_id": number[result["image_id"]],
+        "category_id": 1,
+        "bbox": [float(x.min()), float(y.min()), width, height],
+        "area": width * height,
+        "keypoints": keypoints.tolist(),
+        "score": float(result["score"]),
+    }
+
+
+def _index(annotations: list[dict[str, Any]], number: dict[int | str, int]) -> COCO:
+    """A COCO object of renumbered images and annotations; ids from 1, as 0 means "no match" to pycocotools."""
+    for position, annotation in enumerate(annotations, start=1):
+        annotation["id"] = position
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": position} for position in number.values()],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    coco.createIndex()
+    return coco

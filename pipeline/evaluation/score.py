@@ -1,0 +1,50 @@
+"""The metric of a dataset, whichever it is: predictions in, numbers in percent out."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from pipeline.data.annotations import Annotations
+from pipeline.data.definitions import DatasetDefinition
+from pipeline.errors import ConfigError
+from pipeline.evaluation.coco import Matches, coco_results, evaluate_images
+from pipeline.evaluation.pckh import evaluate_pckh, load_truth, truth_from_joints
+from pipeline.evaluation.predictions import Prediction
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation says."""
+
+    metrics: dict[str, float]
+    matches: Matches | None
+    """For intervals; None for PCKh."""
+
+
+def headline(definition: DatasetDefinition) -> str:
+    """The metric that counts. Raises ConfigError for a dataset without one."""
+    if definition.metric == "none":
+        raise ConfigError(f"dataset {definition.name!r} has no metric: it can't be evaluated")
+    return "PCKh" if definition.metric == "pckh" else "AP"
+
+
+def score(
+    annotations: Annotations, predictions: Sequence[Prediction], image_ids: Collection[int | str] | None = None
+) -> Score:
+    """Scores predictions on a split, or on some of its images.
+
+    MPII without its mpii_gt_val.mat is scored with head sizes from the head's two joints: see `truth_from_joints`.
+    """
+    definition = annotations.definition
+    if headline(definition) == "PCKh":
+        path = annotations.files.truth
+        truth = load_truth(path) if path else truth_from_joints(annotations.instances)
+        chosen = None
+        if image_ids is not None:
+            chosen = [int(one.id) for one in annotations.instances if one.image_id in image_ids]
+        found = evaluate_pckh(predictions, truth, instance_ids=chosen)
+        # Trackers do not take every character in a metric's name.
+        return Score({name.replace("@", "_at_"): value for name, value in found.items()}, None)
+    assert annotations.coco is not None
+    results = coco_results(predictions, definition)
+    matches = evaluate_images(annotations.coco, results, definition, image_ids=image_ids)
+    return Score(matches.metrics(), matches)

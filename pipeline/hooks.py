@@ -1,0 +1,259 @@
+"""What may happen around the training loop: logging, saving, stopping, evaluating, averaging weights.
+
+A hook that communicates does so on all ranks, at the same step.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.distributed import sum_over_ranks
+from pipeline.errors import DataError, Stopped, VitruvianError
+from pipeline.files import read_json, staging, write_json
+from pipeline.status import Status
+from pipeline.tracking import Tracker, system_metrics
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class Hook:
+    """Does nothing; hooks override what they need."""
+
+    name = "hook"
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step of this process, after resuming."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """After each optimizer step; `trainer.step` counts it already."""
+
+    def after_save(self, trainer: "Trainer") -> None:
+        """After a resume point was published."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for the resume point."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's tensors for the resume point."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Takes both back."""
+
+
+class LogMetrics(Hook):
+    """One console line and one metrics line every few steps; refuses to go on from a loss that is not finite."""
+
+    name = "log"
+
+    def __init__(self, stage: str, every: int, tracker: Tracker, status: Status) -> None:
+        self.stage, self.every, self.tracker, self.status = stage, every, tracker, status
+        self._since: list[tuple[float, float]] = []
+        self._started = time.monotonic()
+        self._first_step = 0
+
+    def on_start(self, trainer: "Trainer") -> None:
+        self._started, self._first_step = time.monotonic(), trainer.step
+        self.tracker.start(trainer.step)
+        self.status.running(trainer.step, trainer.total_steps)
+
+    def after_step(self, trainer: "Trainer") -> None:
+        result = trainer.result
+        assert result is not None
+        if not math.isfinite(result.loss):
+            raise VitruvianError(
+                f"{self.stage}: the loss of step {trainer.step} is {result.loss}; lower optimizer.lr or set "
+                f"optimizer.gradient_clipping. The last resume point stands."
+            )
+        self._since.append((result.seconds, result.data_seconds))
+        if trainer.step % self.every and trainer.step not in (self._first_step + 1, trainer.total_steps):
+            return
+        names = sorted(result.scalars)
+        sums = sum_over_ranks([float(result.scalars[name]) for name in names], trainer.world.device)
+        seconds, waiting = (sum(column) for column in zip(*self._since, strict=True))
+        images = trainer.engine.global_batch_size * len(self._since) / max(seconds, 1e-9)
+        self._since.clear()
+        if not trainer.world.is_main:
+            return
+        metrics = {
+            "loss": result.loss,
+            **{name: value / trainer.world.size for name, value in zip(names, sums, strict=True)},
+            "learning_rate": result.learning_rate,
+            "gradient_norm": trainer.engine.gradient_norm(),
+            "images_per_second": images,
+            "data_wait": waiting / max(seconds, 1e-9),
+            "bad_samples": float(result.bad_count),
+            "sample_checksum": result.sample_checksum,
+            **system_metrics(),
+        }
+        self.tracker.log("train", trainer.step, {k: v for k, v in metrics.items() if math.isfinite(v)})
+        self.status.running(trainer.step, trainer.total_steps)
+        logger.info("%s", self._line(trainer, metrics))
+
+    def _line(self, trainer: "Trainer", metrics: Mapping[str, float]) -> str:
+        done = trainer.step - self._first_step
+        left = (time.monotonic() - self._started) / done * (trainer.total_steps - trainer.step)
+        eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        return (
+            f"{self.stage}  step {trainer.step}/{trainer.total_steps} {trainer.step / trainer.total_steps:4.0%}  "
+            f"loss {metrics['loss']:.5f}  lr {metrics['learning_rate']:.2e}  gnorm {metrics['gradient_norm']:.3f}  "
+            f"{metrics['images_per_second']:.0f} img/s  data {metrics['data_wait']:.0%}  eta {eta}"
+        )
+
+
+class SaveResumePoints(Hook):
+    """A resume point every few steps."""
+
+    name = "save"
+
+    def __init__(self, every: int, status: Status) -> None:
+        self.every, self.status = every, status
+
+    def after_step(self, trainer: "Trainer") -> None:
+        if trainer.step % self.every == 0 and trainer.step < trainer.total_steps:
+            trainer.save()
+
+    def after_save(self, trainer: "Trainer") -> None:
+        self.status.saved(trainer.step)
+
+
+class StopOnRequest(Hook):
+    """SIGTERM, SIGUSR1 or a `STOP` file in the run directory, seen by any rank: all save together and leave."""
+
+    name = "stop"
+
+    def __init__(self, run_dir: Path) -> None:
+        self.file = run_dir / "STOP"
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def after_step(self, trainer: "Trainer") -> None:
+        asked = self._asked or (trainer.world.is_main and self.file.exists())
+        if sum_over_ranks([float(asked)], trainer.world.device)[0] and trainer.step < trainer.total_steps:
+            trainer.save()
+            if trainer.world.is_main:
+                self.file.unlink(missing_ok=True)
+            raise Stopped(f"stopped on request after step {trainer.step}; the same command goes on from there")
+
+
+class CountBadSamples(Hook):
+    """Names and counts unreadable samples; above the limit the stage stops."""
+
+    name = "bad_samples"
+
+    def __init__(self, max_fraction: float) -> None:
+        self.max_fraction = max_fraction
+        self.bad, self.seen = 0, 0
+
+    def after_step(self, trainer: "Trainer") -> None:
+        result = trainer.result
+        assert result is not None
+        for name in result.bad_samples:
+            logger.warning("sample left out: %s", name)
+        self.bad += result.bad_count
+        self.seen += trainer.engine.global_batch_size
+        if self.bad > max(1.0, self.max_fraction * max(self.seen, 1000)):
+            raise DataError(
+                f"{self.bad} of {self.seen} samples can't be read, more than max_bad_fraction {self.max_fraction}; "
+                f"they are named above. Make the shards again, or raise max_bad_fraction."
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"bad": self.bad, "seen": self.seen}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.bad, self.seen = state.get("bad", 0), state.get("seen", 0)
+
+
+class Evaluate(Hook):
+    """Evaluates every few steps and keeps the weights of the best one in `<run directory>/best`."""
+
+    name = "evaluate"
+
+    def __init__(
+        self,
+        every: int,
+        evaluate: Callable[[torch.nn.Module], dict[str, float]],
+        metric: str,
+        run_dir: Path,
+        tracker: Tracker,
+    ) -> None:
+        """evaluate is collective and returns the same metrics on all ranks; `metric` names the one to be maximised."""
+        self.every, self.evaluate, self.metric, self.tracker = every, evaluate, metric, tracker
+        self.folder = run_dir / "best"
+        self.best: float | None = None
+
+    def after_step(self, trainer: "Trainer") -> None:
+        if trainer.step % self.every and trainer.step != trainer.total_steps:
+            return
+        with trainer.engine.evaluating() as module:
+            metrics = self.evaluate(module)
+        self.tracker.log("evaluation", trainer.step, metrics)
+        if trainer.world.is_main:
+            shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+            logger.info("evaluation after step %d: %s", trainer.step, shown)
+        if self.best is None or metrics[self.metric] > self.best:
+            self.best = metrics[self.metric]
+            self._keep(trainer, metrics)
+
+    def _keep(self, trainer: "Trainer", metrics: Mapping[str, float]) -> None:
+        weights, buffers = trainer.engine.weights(), trainer.engine.averaged_buffers()
+        if trainer.world.is_main:
+            with staging(self.folder) as folder:
+                save_file(
+                    {**weights, **{key: value.cpu() for key, value in buffers.items()}}, folder / "weights.safetensors"
+                )
+                write_json(folder / "best.json", {"step": trainer.step, "metrics": dict(metrics)})
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.best = state.get("best")
+
+    def best_step(self) -> int:
+        """The step whose weights are kept."""
+        return int(read_json(self.folder / "best.json")["step"])
+
+
+class AverageWeights(Hook):
+    """An exponential moving average of the weights (EMA), in float32 on rank 0."""
+
+    name = "average"
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+
+    def on_start(self, trainer: "Trainer") -> None:
+        if not self.average:
+            self.average = trainer.engine.weights()
+
+    def after_step(self, trainer: "Trainer") -> None:
+        for name, value in trainer.engine.weights().items():
+            self.average[name].lerp_(value, 1 - self.decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.average)
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.average = {name: value.clone() for name, value in tensors.items()}

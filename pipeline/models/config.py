@@ -1,0 +1,178 @@
+"""What a model is, as configuration: named sizes, backbones, decoders. Imports no torch, so that planning stays quick."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config import Strict
+
+
+def _shape(width: int, depth: int, heads: int, mlp_width: int | None = None) -> Mapping[str, int]:
+    return MappingProxyType(
+        {"width": width, "depth": depth, "heads": heads, "mlp_width": mlp_width if mlp_width else 4 * width}
+    )
+
+
+SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "micro": _shape(32, 2, 2),
+        "mini": _shape(64, 2, 2),
+        "tiny": _shape(128, 4, 4),
+        # The published S has 12 heads of 32; the 6 heads of other small ViTs have the same tensor shapes, silently.
+        "S": _shape(384, 12, 12),
+        "B": _shape(768, 12, 12),
+        "L": _shape(1024, 24, 16),
+        "H": _shape(1280, 32, 16),
+        "1B": _shape(1408, 40, 16, 6144),
+    }
+)
+"""Width, depth, heads and MLP width by name. S to H: ViTPose (NeurIPS 2022) and its public configs; 1B: a plain ViT-g,
+which is not the paper's ViTAE-G (that one was never released). The lower-case ones run on a CPU."""
+
+
+class ViTConfig(Strict):
+    """A plain vision transformer: either `size` names a preset, or width, depth and heads are given, or both."""
+
+    size: str | None = None
+    """Preset that fills width, depth, heads and mlp_width: micro, mini, tiny, S, B, L, H, 1B. Given values win."""
+    image_size: tuple[int, int] = (256, 192)
+    """Height and width of the input in pixels; multiples of the patch size."""
+    patch_size: int = Field(16, ge=1)
+    """Side of a patch in pixels, which is also the stride."""
+    width: int = Field(ge=1)
+    """Channels of a token."""
+    depth: int = Field(ge=1)
+    """Number of transformer blocks."""
+    heads: int = Field(ge=1)
+    """Attention heads; they divide the width."""
+    mlp_width: int = Field(ge=1)
+    """Hidden channels of a block's MLP; four times the width unless given."""
+    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    """Stochastic depth of the last block; it grows linearly from 0 in the first."""
+    patch_padding: int = Field(2, ge=0)
+    """Zero padding of the patch convolution in pixels: 2 in ViTPose (patches lie 2 pixels up and left), 0 in MAE."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: about a third more compute for a fraction of the memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        values = dict(data)
+        size = values.get("size")
+        if size is not None:
+            if size not in SIZES:
+                raise ValueError(f"unknown size {size!r}; one of {', '.join(SIZES)}")
+            # Another width without a word on the MLP keeps the ratio of 4, not the preset's width.
+            preset = {key: value for key, value in SIZES[size].items() if key != "mlp_width" or "width" not in values}
+            values = {**preset, **values}
+        if values.get("mlp_width") is None and isinstance(values.get("width"), int):
+            values["mlp_width"] = 4 * values["width"]
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for side, name in zip(self.image_size, ("height", "width"), strict=True):
+            if side <= 0 or side % self.patch_size:
+                raise ValueError(f"image {name} {side} is not a positive multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if 2 * self.patch_padding >= self.patch_size:
+            raise ValueError(f"patch_padding {self.patch_padding} must be below half of patch_size {self.patch_size}")
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """Number of patches in an image."""
+        return self.grid[0] * self.grid[1]
+
+
+SIMPLE_SCALE = 4
+"""Upsampling of the simple decoder."""
+
+
+class DecoderConfig(Strict):
+    """What turns features into heatmaps."""
+
+    kind: Literal["classic", "simple"] = "classic"
+    """classic: transposed convolutions; simple: bilinear upsampling by 4 and one convolution."""
+    deconv_layers: int = Field(2, ge=0, le=4)
+    """Transposed convolutions of the classic decoder; each doubles the resolution."""
+    filters: int = Field(256, ge=1)
+    """Channels of the classic decoder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "simple" and (self.deconv_layers, self.filters) != (2, 256):
+            raise ValueError("deconv_layers and filters belong to kind 'classic'; the simple decoder has neither")
+        return self
+
+
+def heatmap_size(grid: tuple[int, int], config: DecoderConfig) -> tuple[int, int]:
+    """Height and width of the heatmaps that come from a grid (rows, columns) of patches."""
+    scale = 2**config.deconv_layers if config.kind == "classic" else SIMPLE_SCALE
+    return grid[0] * scale, grid[1] * scale
+
+
+class PoseConfig(Strict):
+    """A pose model without its data: K of each decoder comes from the datasets."""
+
+    backbone: ViTConfig
+    """The shared vision transformer."""
+    decoder: DecoderConfig = DecoderConfig()
+    """The decoder, one a dataset."""
+    knowledge_tokens: int = Field(0, ge=0)
+    """Fixed tokens that a distilled student carries and appends to its patches; 0 for every other model."""
+
+    @property
+    def heatmap_size(self) -> tuple[int, int]:
+        """Height and width of the heatmaps."""
+        return heatmap_size(self.backbone.grid, self.decoder)
+
+
+class MAEConfig(Strict):
+    """A masked autoencoder; the defaults are the paper's."""
+
+    backbone: ViTConfig
+    """The encoder; its patch_padding is 0 unless given and must be 0, and so must drop_path."""
+    mask_ratio: float = Field(0.75, gt=0.0, lt=1.0)
+    """Share of patches that the encoder does not see."""
+    decoder_width: int = Field(512, ge=4)
+    """Channels of the decoder; a multiple of 4 and of decoder_heads."""
+    decoder_depth: int = Field(8, ge=1)
+    """Blocks of the decoder."""
+    decoder_heads: int = Field(16, ge=1)
+    """Attention heads of the decoder."""
+    norm_pixels: bool = True
+    """Predict each patch normalised by its own mean and variance."""
+
+    @field_validator("backbone", mode="before")
+    @classmethod
+    def _no_padding(cls, value: Any) -> Any:
+        return {"patch_padding": 0, **value} if isinstance(value, Mapping) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.backbone.patch_padding or self.backbone.drop_path:
+            raise ValueError("the encoder of an MAE has patch_padding 0 and drop_path 0")
+        for name, width in (("backbone.width", self.backbone.width), ("decoder_width", self.decoder_width)):
+            if width % 4:
+                raise ValueError(f"{name} {width} is not a multiple of 4, which sin-cos positions need")
+        if self.decoder_width % self.decoder_heads:
+            raise ValueError(f"decoder_width {self.decoder_width} is not divisible by heads {self.decoder_heads}")
+        if not self.visible:
+            raise ValueError(f"mask_ratio {self.mask_ratio} leaves none of {self.backbone.patches} patches visible")
+        return self
+
+    @property
+    def visible(self) -> int:
+        """Number of patches that the encoder sees."""
+        return int(self.backbone.patches * (1 - self.mask_ratio))

@@ -1,0 +1,133 @@
+"""A pose model: one shared backbone and a decoder for each dataset (ViTPose, section 3.3)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ConfigError
+from pipeline.models.config import PoseConfig
+from pipeline.models.decoders import make_decoder
+from pipeline.models.vit import ViT, count
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
+
+
+class PoseModel(nn.Module):
+    """Images to heatmaps by dataset.
+
+    `keypoints` gives K for each dataset, and its order is the order in which decoders run. `knowledge_token` is a
+    buffer (1, T, C) that the state dict keeps, zero until somebody copies a fitted token in, or None. Weights are
+    torch's defaults until `init_weights` or `load_state_dict`. Raises ConfigError for a dataset name that can't be a
+    module's name, for K < 1 and for no dataset at all.
+    """
+
+    knowledge_token: Tensor | None
+
+    def __init__(self, config: PoseConfig, keypoints: Mapping[str, int]) -> None:
+        super().__init__()
+        _check_datasets(keypoints)
+        self.config = config
+        width = config.backbone.width
+        self.backbone = ViT(config.backbone)
+        self.decoders = nn.ModuleDict({name: make_decoder(width, k, config.decoder) for name, k in keypoints.items()})
+        token = torch.zeros(1, config.knowledge_tokens, width) if config.knowledge_tokens else None
+        self.register_buffer("knowledge_token", token)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer in place, from torch's global generator."""
+        self.backbone.init_weights()
+        for decoder in self.decoders.values():
+            decoder.init_weights()
+        if self.knowledge_token is not None:
+            self.knowledge_token.zero_()
+
+    def features(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Features (B, C, Hp, Wp); `tokens` (1 or B, T, C) are appended after the model's own knowledge token."""
+        own = self.knowledge_token
+        if own is not None and tokens is not None:
+            tokens = torch.cat([own.to(tokens).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        return self.backbone(images, own if tokens is None else tokens)
+
+    def forward(
+        self, images: Tensor, datasets: Sequence[str] | None = None, tokens: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) to heatmaps (B, K, h, w) of each of `datasets`, or of all decoders.
+
+        Every decoder that runs sees the whole batch, in the order of the decoders. Raises ConfigError for a dataset
+        without a decoder, DataError for another image size.
+        """
+        self._require(datasets or ())
+        features = self.features(images, tokens)
+        return {
+            name: decoder(features) for name, decoder in self.decoders.items() if datasets is None or name in datasets
+        }
+
+    def forward_mixed(
+        self, images: Tensor, dataset_index: Tensor, names: Sequence[str], tokens: Tensor | None = None
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """Each decoder on the samples of its own dataset only, so that batch norm never mixes datasets.
+
+        Sample b, of images (B, 3, H, W), belongs to dataset `names[dataset_index[b]]`. Returns, for each dataset in
+        this batch, its rows (b,) int64 in the batch and their heatmaps (b, K, h, w); and a scalar `zero`, which the
+        caller adds to the loss. A decoder without samples runs on one feature in eval mode and feeds only `zero`: all
+        decoders run on all ranks in the same order, since ZeRO's collectives follow the parameters, and a missing one
+        hangs or aborts them. Its batch norm buffers don't move and its gradients are exactly zero.
+
+        Keep `dataset_index` on the CPU: finding the rows there does not wait for the GPU. Raises ConfigError for a
+        name without a decoder.
+        """
+        self._require(names)
+        features = self.features(images, tokens)
+        index = {name: position for position, name in enumerate(names)}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        zero = torch.zeros((), device=features.device)
+        for name, decoder in self.decoders.items():
+            rows = torch.nonzero(dataset_index == index.get(name, -1)).flatten().to(features.device)
+            if len(rows):
+                # Rows are unique: the backward adds once to each, in an order that does not matter.
+                found[name] = rows, decoder(features.index_select(0, rows))
+            else:
+                with _evaluating(decoder):
+                    zero = zero + decoder(features[:1]).sum(dtype=torch.float32) * 0.0
+        assert sum(len(rows) for rows, _ in found.values()) == len(images), "a sample belongs to no dataset"
+        return found, zero
+
+    def _require(self, datasets: Sequence[str]) -> None:
+        for name in datasets:
+            if name not in self.decoders:
+                raise ConfigError(f"dataset {name!r} has no decoder in this model; it has {', '.join(self.decoders)}")
+
+
+def describe(config: PoseConfig, keypoints: Mapping[str, int]) -> dict[str, int]:
+    """Numbers of parameters: `backbone`, `decoders.<dataset>` each, and `total`, without allocating the model."""
+    with torch.device("meta"):
+        model = PoseModel(config, keypoints)
+    decoders = {f"decoders.{name}": count(decoder) for name, decoder in model.decoders.items()}
+    return {"backbone": count(model.backbone), **decoders, "total": count(model)}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; each submodule's own mode again afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def _check_datasets(keypoints: Mapping[str, int]) -> None:
+    if not keypoints:
+        raise ConfigError("a pose model needs at least one dataset; name one under `datasets`")
+    for name, k in keypoints.items():
+        if not name or "." in name or name in _TAKEN:
+            raise ConfigError(
+                f"dataset name {name!r} can't name a decoder: it is empty, has a dot or is reserved; rename it"
+            )
+        if k < 1:
+            raise ConfigError(f"dataset {name!r} has {k} keypoints; a decoder needs at least 1")

@@ -1,0 +1,173 @@
+"""What stages that train a pose model share: building it, initialising it, evaluating it on the way, saving it."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.artifacts import Artifact
+from pipeline.context import Context
+from pipeline.data.annotations import read
+from pipeline.data.codec import CodecConfig
+from pipeline.data.collection import Collection, open_shards
+from pipeline.data.loader import PoseView
+from pipeline.engine import autocast
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.evaluation.inference import predict, requests_from_ground_truth
+from pipeline.evaluation.score import headline, score
+from pipeline.models.loading import MAESpec, PoseSpec, load_pose, read_spec, read_tensors, save_model
+from pipeline.models.mae import backbone_state
+from pipeline.models.parameter_groups import layer_decay_groups
+from pipeline.models.pose import PoseModel
+from pipeline.models.vit import interpolate_positions
+from pipeline.recipe import PoseTrainingConfig
+from pipeline.training import Evaluation, TrainingResult, train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PoseSetup:
+    """A pose model about to be trained on shards."""
+
+    context: Context
+    config: PoseTrainingConfig
+    collection: Collection
+    spec: PoseSpec
+
+    @classmethod
+    def of(cls, context: Context, config: PoseTrainingConfig) -> "PoseSetup":
+        """Opens the shards and fixes the codec. Raises ConfigError or ArtifactError where they do not fit."""
+        input_hw = config.model.backbone.image_size
+        collection = open_shards(context.artifact("shards"), needs=input_hw)
+        collection.require_keypoints()
+        codec = CodecConfig(input_size=input_hw, heatmap_size=config.model.heatmap_size, sigma=config.sigma)
+        spec = PoseSpec(config=config.model, datasets=collection.definitions, codec=codec)
+        return cls(context, config, collection, spec)
+
+    @property
+    def codec(self) -> CodecConfig:
+        """Between keypoints and heatmaps."""
+        return self.spec.codec
+
+    def with_tokens(self, count: int) -> "PoseSetup":
+        """The same with room for a knowledge token in the model."""
+        model = self.spec.config.model_copy(update={"knowledge_tokens": count})
+        return replace(self, spec=self.spec.model_copy(update={"config": model}))
+
+    def new_model(self, init: Artifact | None) -> PoseModel:
+        """A freshly initialised model: the same for every stage of the pipeline; then, `init`'s tensors over it."""
+        torch.manual_seed(self.context.seed)
+        model = PoseModel(self.spec.config, self.spec.keypoints)
+        model.init_weights()
+        if init is not None:
+            initialise(model, init)
+        return model
+
+    def train(self, objective: nn.Module, model: PoseModel, average_decay: float | None = None) -> TrainingResult:
+        """Collective. Trains with layer-wise rates, evaluating on the way where the config says so."""
+        optimizer = self.config.optimizer
+        peak = optimizer.peak(self.config.global_batch_size)
+        named = layer_decay_groups(model, peak, optimizer.weight_decay, optimizer.layer_decay)
+        groups = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} for group in named]
+        view = PoseView(self.codec.input_size, self.collection.definitions, self.config.augmentation)
+        return train(
+            self.context,
+            self.config,
+            objective,
+            groups,
+            self.collection,
+            view,
+            weights=self.config.weights,
+            evaluation=self._evaluation(),
+            average_decay=average_decay,
+            keep_best=self.config.keep == "best",
+        )
+
+    def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Writes the model artifact's files, after checking that the tensors fit the description."""
+        save_model(folder, self.spec, tensors)
+
+    def about(self) -> dict[str, Any]:
+        """Lines for the card."""
+        backbone = self.spec.config.backbone
+        return {
+            **self.collection.about(),
+            "backbone": f"width {backbone.width}, depth {backbone.depth}, patch {backbone.patch_size}",
+            "input": "x".join(map(str, backbone.image_size)),
+        }
+
+    def _evaluation(self) -> Evaluation | None:
+        wanted = self.config.evaluation
+        if wanted is None:
+            if self.config.keep == "best":
+                raise ConfigError("keep: best needs an evaluation")
+            return None
+        if not self.context.has("data"):
+            raise ConfigError("evaluation needs inputs.data, the raw data to evaluate on")
+        annotations = read(wanted.source, self.context.data_root())
+        definition = annotations.definition
+        if definition.name not in self.spec.datasets:
+            raise ConfigError(f"evaluation on {definition.name!r}, which is not among the datasets of the shards")
+        requests = requests_from_ground_truth(annotations, self.codec.input_size)
+        # Whole images only: a person without a request would count as missed.
+        names = {request.image_id for request in requests[: wanted.people]}
+        requests = [request for request in requests if request.image_id in names]
+
+        def evaluate(objective: nn.Module) -> dict[str, float]:
+            with autocast(self.context.pipeline.engine.precision, self.context.world.device):
+                predictions = predict(
+                    objective.model, definition, requests, self.codec, flip=False, world=self.context.world, workers=0
+                )
+            return score(annotations, predictions, image_ids=names).metrics
+
+        return wanted.every, evaluate, headline(definition)
+
+
+def initialise(model: PoseModel, artifact: Artifact) -> None:
+    """Loads what another model offers: an autoencoder's encoder, or a pose model's backbone and equal decoders.
+
+    Positions are interpolated where the grid differs. Logs what stays fresh. Raises ArtifactError where a tensor does
+    not fit.
+    """
+    spec = read_spec(artifact)
+    if isinstance(spec, MAESpec):
+        state, dropped = backbone_state(read_tensors(artifact))
+        grid = spec.config.backbone.grid
+    elif isinstance(spec, PoseSpec):
+        state, dropped = dict(load_pose(artifact)[0].backbone.state_dict()), []
+        grid = spec.config.backbone.grid
+    else:
+        raise ArtifactError(f"{artifact.path}: a {spec.model} can't initialise a pose model")
+    target = model.backbone.state_dict()
+    if "pos_embed" in state and grid != model.config.backbone.grid:
+        state["pos_embed"] = interpolate_positions(state["pos_embed"], grid, model.config.backbone.grid)
+    for name, value in state.items():
+        if name not in target or target[name].shape != value.shape:
+            expected = tuple(target[name].shape) if name in target else "no such tensor"
+            raise ArtifactError(f"{artifact.path}: {name} {tuple(value.shape)} does not fit the backbone: {expected}")
+    model.backbone.load_state_dict({**target, **state})
+    fresh = sorted(target.keys() - state.keys())
+    logger.info(
+        "backbone from %s; fresh: %s; left out: %s", artifact.path, fresh or "nothing", len(dropped) or "nothing"
+    )
+
+
+def require_compatible(student: PoseSpec, teacher: PoseSpec) -> None:
+    """Refuses a teacher whose heatmaps mean something else. Raises ConfigError."""
+    shared = [name for name in student.datasets if name in teacher.datasets]
+    if not shared:
+        raise ConfigError(f"the teacher has no decoder for any of {', '.join(student.datasets)}")
+    for name in shared:
+        if student.datasets[name].keypoints != teacher.datasets[name].keypoints:
+            raise ConfigError(f"dataset {name!r}: student and teacher have different keypoints")
+    if student.codec != teacher.codec:
+        differing = [
+            f"{key} {getattr(student.codec, key)} against {getattr(teacher.codec, key)}"
+            for key in type(student.codec).model_fields
+            if getattr(student.codec, key) != getattr(teacher.codec, key)
+        ]
+        raise ConfigError(f"student and teacher must share the codec; they differ in {', '.join(differing)}")

@@ -1,0 +1,154 @@
+"""How long, how fast and in what batches a training stage learns: the config that all of them share."""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import NotInFingerprint, StageConfig, Strict
+from pipeline.data.augmentation import PoseAugmentation
+from pipeline.data.definitions import DatasetSource
+from pipeline.models.config import PoseConfig
+
+
+class Optimizer(Strict):
+    """AdamW."""
+
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate for the global batch as it is."""
+    base_lr: float | None = Field(None, gt=0)
+    """Peak learning rate for a global batch of 256; scaled linearly (MAE, appendix A). Give this or `lr`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Not applied to biases, norms and position embeddings."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning-rate factor from a layer to the one below it; 1 is none (ViTPose, table 1)."""
+    gradient_clipping: float | None = Field(None, gt=0)
+    """Largest L2 norm of the gradient; null is none."""
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> "Optimizer":
+        if (self.lr is None) == (self.base_lr is None):
+            raise ValueError("give either lr or base_lr")
+        return self
+
+    def peak(self, global_batch_size: int) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else (self.base_lr or 0.0) * global_batch_size / 256
+
+
+class Schedule(Strict):
+    """Learning rate over the steps: a linear warm-up, then the shape."""
+
+    shape: Literal["cosine", "step", "constant"] = "cosine"
+    """Half a cosine down to zero; steps down by 10 at the milestones; or flat."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of warm-up."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """The same in epochs; give one of them."""
+    warmup_start: float = Field(0.0, ge=0, le=1)
+    """The first step's factor."""
+    milestones: list[float] = []
+    """Where the rate falls by 10, as fractions of the whole length (ViTPose: 170/210 and 200/210)."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> "Schedule":
+        if self.warmup_steps and self.warmup_epochs:
+            raise ValueError("give warmup_steps or warmup_epochs, not both")
+        if any(not 0 < milestone < 1 for milestone in self.milestones):
+            raise ValueError("milestones are fractions between 0 and 1")
+        return self
+
+    def factor(self, step: int, total: int, steps_per_epoch: float) -> float:
+        """The factor on the peak rate for optimizer step `step` (from 0)."""
+        warmup = self.warmup_steps or self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return self.warmup_start + (1 - self.warmup_start) * step / warmup
+        if self.shape == "cosine":
+            progress = (step - warmup) / max(1.0, total - warmup)
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        if self.shape == "step":
+            return 0.1 ** sum(step >= milestone * total for milestone in self.milestones)
+        return 1.0
+
+
+class TrainingConfig(StageConfig):
+    """What every training stage's section has."""
+
+    distributed: ClassVar[bool] = True
+
+    steps: int | None = Field(None, ge=1)
+    """Length in optimizer steps; give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Length in passes over the shards."""
+    global_batch_size: int = Field(ge=1)
+    """Samples per optimizer step over all ranks; per-rank batch and accumulation derive from it."""
+    optimizer: Optimizer
+    """Rates and decays."""
+    schedule: Schedule = Schedule()
+    """The rate over time."""
+    save_every: Annotated[int | None, NotInFingerprint] = Field(None, ge=1)
+    """Steps between resume points; unset: a tenth of the stage, at most 1,000 steps."""
+    max_bad_fraction: Annotated[float, NotInFingerprint] = Field(0.001, ge=0, le=1)
+    """Share of unreadable samples at which the stage stops."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+    def total_steps(self, samples_per_epoch: int) -> int:
+        """Optimizer steps of the whole stage."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * samples_per_epoch / self.global_batch_size))
+
+    def save_interval(self, total_steps: int) -> int:
+        """Steps between two resume points."""
+        return self.save_every or max(1, min(1000, total_steps // 10))
+
+    def learning_rate(self, total_steps: int, samples_per_epoch: int) -> Callable[[int, dict[str, Any]], float]:
+        """The rate of a parameter group at a step: peak x schedule x the group's `lr_scale`."""
+        peak = self.optimizer.peak(self.global_batch_size)
+        steps_per_epoch = samples_per_epoch / self.global_batch_size
+
+        def rate(step: int, group: dict[str, Any]) -> float:
+            return peak * self.schedule.factor(step, total_steps, steps_per_epoch) * group.get("lr_scale", 1.0)
+
+        return rate
+
+
+class PeriodicEvaluation(Strict):
+    """Ground-truth boxes, no flip test: quick, for comparison along the way."""
+
+    every: int = Field(ge=1)
+    """Steps between evaluations; the last step is always evaluated."""
+    source: DatasetSource
+    """A validation split."""
+    people: int | None = Field(None, ge=1)
+    """Only the images of the first so many people."""
+
+
+class PoseTrainingConfig(TrainingConfig):
+    """What stages that train a pose model on shards share."""
+
+    model: PoseConfig
+    """Backbone and decoders."""
+    augmentation: PoseAugmentation = PoseAugmentation()
+    """Of windows; the released settings of ViTPose unless changed."""
+    sigma: float | None = Field(None, gt=0)
+    """Of target heatmaps, in heatmap pixels; unset: 2 at 64x48, scaled with the heatmap."""
+    weights: dict[str, float] | None = None
+    """Sampling weights by dataset, with replacement; unset: every sample once an epoch."""
+    evaluation: PeriodicEvaluation | None = None
+    """Periodic evaluation; needs inputs.data."""
+    keep: Literal["last", "best"] = "last"
+    """Publish the last weights, or those of the best evaluation (which flatters on the split that chose them)."""
+
+    def sources(self) -> list[DatasetSource]:
+        """Raw data that is read."""
+        return [self.evaluation.source] if self.evaluation else []

@@ -1,0 +1,45 @@
+"""The status file of a run directory: what people and scripts read, whatever exit code a launcher makes of it."""
+
+import os
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json, write_json
+
+
+class Status:
+    """Writes `<run directory>/status.json`. Only rank 0's writes; the others' does nothing."""
+
+    def __init__(self, run_dir: Path, writes: bool) -> None:
+        self._path = run_dir / "status.json"
+        self._writes = writes
+        self._content: dict[str, Any] = {**read_status(run_dir), "pid": os.getpid(), "host": socket.gethostname()}
+
+    def running(self, step: int, steps: int) -> None:
+        """Progress of a training stage, in optimizer steps."""
+        self._write(state="running", step=step, steps=steps)
+
+    def saved(self, step: int) -> None:
+        """A resume point of this step was published."""
+        self._write(saved_step=step)
+
+    def ended(self, state: str, exit_code: int, message: str = "") -> None:
+        """The process leaves: done, stopped or failed."""
+        self._write(state=state, exit_code=exit_code, message=message)
+
+    def _write(self, **values: Any) -> None:
+        if self._writes:
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            self._content |= {**values, "updated": now}
+            write_json(self._path, self._content)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """The content of a status file; empty where there is none or it can't be read."""
+    try:
+        content = read_json(run_dir / "status.json")
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,83 @@
+"""Stage kind `evaluate`: what finished models reach on held-out people, as a table, numbers and pictures.
+
+Reads pose models and raw data. Writes `table.json`, metrics with bootstrap intervals, pictures of the best, the worst
+and random predictions, and results files as the COCO server wants them.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config import NotInFingerprint, StageConfig, Strict
+from pipeline.context import Context
+from pipeline.data.definitions import DatasetSource
+from pipeline.files import write_json
+
+Boxes = Literal["ground_truth", "detector"]
+
+
+class Inputs(Strict):
+    """What is read."""
+
+    data: str
+    """Raw datasets: a stage that makes them, or a folder."""
+    models: dict[str, str] = Field(min_length=1)
+    """Pose models by the name that the table gives them."""
+
+
+class Config(StageConfig):
+    """Evaluation."""
+
+    kind: Literal["evaluate"]
+    inputs: Inputs
+    """Models and data."""
+    datasets: list[DatasetSource] = Field(min_length=1)
+    """Splits to evaluate on."""
+    boxes: list[Boxes] = ["ground_truth"]
+    """Annotated boxes, a detector's, or both; a dataset without detections is evaluated on annotated ones only."""
+    flip: bool = True
+    """Average the heatmaps of an image and its mirror image."""
+    batch_size: Annotated[int, NotInFingerprint] = Field(64, ge=1)
+    """People per forward."""
+    bootstrap: int = Field(1000, ge=0)
+    """Resamplings of the images for 95 % intervals; 0 is none."""
+    compare: list[tuple[str, str]] = []
+    """Pairs of models whose difference gets an interval of its own."""
+    pictures: Annotated[int, NotInFingerprint] = Field(8, ge=0)
+    """People per picture of best, worst and random predictions."""
+
+    @model_validator(mode="after")
+    def _pairs_are_models(self) -> "Config":
+        for pair in self.compare:
+            for name in pair:
+                if name not in self.inputs.models:
+                    raise ValueError(f"compare: no model {name!r} among {', '.join(self.inputs.models)}")
+        return self
+
+    def sources(self) -> list[DatasetSource]:
+        """Raw data that is read."""
+        return self.datasets
+
+
+def run(context: Context, config: Config) -> None:
+    """Evaluates every model on every split and publishes."""
+    from pipeline.evaluation.report import EvaluationReport
+
+    report = EvaluationReport(
+        root=context.data_root(),
+        models={name: context.artifact(f"models.{name}") for name in config.inputs.models},
+        device=context.world.device,
+        flip=config.flip,
+        batch_size=config.batch_size,
+        bootstrap=config.bootstrap,
+        seed=context.seed,
+    )
+    for source in config.datasets:
+        report.evaluate(source, config.boxes, config.compare)
+
+    def fill(staged: Path) -> None:
+        write_json(staged / "table.json", report.table())
+        report.write_files(staged, config.pictures)
+
+    context.publish(fill, metrics=report.metrics)

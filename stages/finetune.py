@@ -1,0 +1,50 @@
+"""Stage kind `finetune`: one shared ViT and a decoder for each dataset, on ground-truth heatmaps (ViTPose).
+
+Reads shards, a pretrained backbone where one is given, and raw data where it evaluates on the way. Writes a pose model.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config import Strict
+from pipeline.context import Context
+from pipeline.recipe import PoseTrainingConfig
+
+
+class Inputs(Strict):
+    """What is read."""
+
+    shards: str
+    """Person crops with keypoints."""
+    init: str | None = None
+    """A masked autoencoder, imported weights or another pose model; unset: from scratch."""
+    data: str | None = None
+    """Raw data for the periodic evaluation."""
+
+
+class Config(PoseTrainingConfig):
+    """Supervised training on keypoints."""
+
+    kind: Literal["finetune"]
+    inputs: Inputs
+    """Artifacts by role."""
+    average_decay: float | None = Field(None, gt=0, lt=1)
+    """Publish an exponential moving average of the weights with this decay; not with ZeRO 3."""
+
+
+def run(context: Context, config: Config) -> None:
+    """Collective. Trains to the end and publishes."""
+    from pipeline.objectives import PoseObjective
+    from pipeline.pose_training import PoseSetup
+
+    setup = PoseSetup.of(context, config)
+    model = setup.new_model(context.artifact("init") if context.has("init") else None)
+    objective = PoseObjective(model, setup.codec, setup.collection.names)
+    result = setup.train(objective, model, average_decay=config.average_decay)
+
+    def fill(staged: Path) -> None:
+        setup.save(staged, result.tensors("model."))
+
+    context.publish(fill, metrics=result.metrics, about=setup.about())

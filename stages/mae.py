@@ -1,0 +1,91 @@
+"""Stage kind `mae`: masked-autoencoder pretraining of a plain ViT on person crops (He et al. 2022).
+
+Reads shards. Writes the whole autoencoder, and pictures of its reconstructions. The decoder is kept so that pretraining
+can go on; `finetune` takes the encoder.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.config import NotInFingerprint, Strict
+from pipeline.context import Context
+from pipeline.models.config import MAEConfig
+from pipeline.recipe import TrainingConfig
+
+
+class Inputs(Strict):
+    """What is read."""
+
+    shards: str
+    """Person crops."""
+    init: str | None = None
+    """An autoencoder to go on from."""
+
+
+class Config(TrainingConfig):
+    """Masked autoencoder."""
+
+    kind: Literal["mae"]
+    inputs: Inputs
+    """Artifacts by role."""
+    model: MAEConfig
+    """Encoder, decoder, mask."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the person's window that a random resized crop covers (MAE, appendix A)."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a mirror image."""
+    pictures: Annotated[int, NotInFingerprint] = Field(8, ge=0)
+    """Reconstructions to draw."""
+
+
+def run(context: Context, config: Config) -> None:
+    """Collective. Trains to the end and publishes."""
+    import torch
+
+    from pipeline.data.collection import open_shards
+    from pipeline.data.loader import MaeView
+    from pipeline.models.loading import MAESpec, load_mae, load_strictly, save_model
+    from pipeline.models.mae import MAE
+    from pipeline.models.parameter_groups import plain_groups
+    from pipeline.objectives import MAEObjective
+    from pipeline.training import train
+
+    image_size = config.model.backbone.image_size
+    collection = open_shards(context.artifact("shards"), needs=image_size)
+    torch.manual_seed(context.seed)
+    model = MAE(config.model)
+    model.init_weights()
+    if context.has("init"):
+        load_strictly(model, load_mae(context.artifact("init"))[0].state_dict(), "inputs.init")
+    view = MaeView(image_size, config.model.backbone.patches, config.crop_scale, config.flip)
+    groups = plain_groups(model, config.optimizer.weight_decay)
+    result = train(context, config, MAEObjective(model), groups, collection, view)
+
+    def fill(staged: Path) -> None:
+        tensors = result.tensors("model.")
+        load_strictly(model.cpu(), tensors, "the trained autoencoder")
+        save_model(staged, MAESpec(config=config.model), tensors)
+        if config.pictures:
+            _draw(model.eval(), next(result.batches(view, config.pictures)), staged / "pictures")
+
+    context.publish(fill, metrics=result.metrics, about=collection.about())
+
+
+def _draw(model: "torch.nn.Module", batch: dict, folder: Path) -> None:  # noqa: F821
+    """Image, what the encoder saw, and the reconstruction, side by side."""
+    import numpy as np
+
+    from pipeline.evaluation.pictures import contact_sheet, save_jpg
+    from pipeline.models.preprocessing import denormalise, normalise
+
+    images = normalise(batch["images"])
+    rows = [
+        batch["images"],
+        denormalise(model.masked(images, batch["noise"])),
+        denormalise(model.reconstruct(images, batch["noise"])),
+    ]
+    cells = [np.ascontiguousarray(row[i].permute(1, 2, 0).numpy()) for i in range(len(images)) for row in rows]
+    folder.mkdir()
+    save_jpg(contact_sheet(cells, columns=6), folder / "reconstructions.jpg")

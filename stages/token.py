@@ -1,0 +1,82 @@
+"""Stage kind `token`: a knowledge token fitted on a frozen teacher (ViTPose, eq. 5).
+
+Reads shards and a pose model. Writes the token, which names its teacher by digest, and the teacher's loss without and
+with it. The teacher's weights and batch-norm statistics are digested before and after: nothing but the token changes.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pipeline.config import Strict
+from pipeline.context import Context
+from pipeline.data.augmentation import PoseAugmentation
+from pipeline.recipe import TrainingConfig
+
+
+class Inputs(Strict):
+    """What is read."""
+
+    shards: str
+    """Person crops with keypoints, of the teacher's datasets."""
+    teacher: str
+    """A pose model."""
+
+
+class Config(TrainingConfig):
+    """Knowledge token."""
+
+    kind: Literal["token"]
+    inputs: Inputs
+    """Artifacts by role."""
+    tokens: int = Field(1, ge=1)
+    """Number of tokens; the paper's memory figures suggest one."""
+    augmentation: PoseAugmentation = PoseAugmentation()
+    """Of windows; the teacher's own unless changed."""
+    measured_batches: int = Field(16, ge=1)
+    """Batches, without augmentation, on which the loss before and after is measured."""
+
+
+def run(context: Context, config: Config) -> None:
+    """Collective. Fits the token and publishes it."""
+    import torch
+
+    from pipeline.data.collection import open_shards
+    from pipeline.data.loader import PoseView
+    from pipeline.errors import ArtifactError
+    from pipeline.models.loading import TokenSpec, load_pose, save_model
+    from pipeline.objectives import TokenObjective
+    from pipeline.training import mean_loss, state_digest, train
+
+    artifact = context.artifact("teacher")
+    teacher, spec = load_pose(artifact)
+    input_hw = spec.config.backbone.image_size
+    collection = open_shards(context.artifact("shards"), needs=input_hw)
+    collection.require_same(spec.datasets, "the teacher")
+    before = state_digest(teacher)
+    torch.manual_seed(context.seed)
+    teacher.to(context.world.device)
+    objective = TokenObjective(teacher, spec.codec, collection.names, config.tokens)
+    view = PoseView(input_hw, collection.definitions, config.augmentation)
+    groups = [{"params": [objective.token], "weight_decay": config.optimizer.weight_decay}]
+    result = train(context, config, objective, groups, collection, view)
+
+    token = result.tensors()["token"].to(context.world.device) if context.world.is_main else None
+    if state_digest(teacher.cpu()) != before:
+        raise ArtifactError("the teacher changed while the token was fitted; this is a bug, please report it")
+    metrics = dict(result.metrics)
+    if token is not None:
+        plain = PoseView(input_hw, collection.definitions, None)
+        batches = [batch for batch, _ in zip(result.batches(plain), range(config.measured_batches), strict=False)]
+        teacher.to(context.world.device)
+        metrics["teacher_loss_without_token"] = mean_loss(teacher, None, spec.codec, collection.names, batches)
+        metrics["teacher_loss_with_token"] = mean_loss(teacher, token, spec.codec, collection.names, batches)
+
+    def fill(staged: Path) -> None:
+        assert token is not None
+        description = TokenSpec(teacher=artifact.digest, tokens=config.tokens, width=token.shape[-1])
+        save_model(staged, description, {"token": token})
+
+    about = {**collection.about(), "teacher": artifact.digest, "teacher state before and after": before}
+    context.publish(fill, metrics=metrics, about=about)
