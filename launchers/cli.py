@@ -19,6 +19,7 @@ from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
 from pipeline.files import read_json
 from pipeline.graph import StagePlan
 from pipeline.status import read_status
+from pipeline.tracking import is_synced
 from stages import KINDS
 
 logger = logging.getLogger("vitruvian")
@@ -53,16 +54,16 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a pipeline on this machine. Finished stages are skipped, unfinished ones resume."""
-    from launchers.dry_run import print_dry_run
-
     config = load_pipeline(pipeline, overrides or [], KINDS)
     chosen = _choose(config, start, until, only)
     if dry_run:
+        from launchers.dry_run import print_dry_run
+
         print_dry_run(config, chosen)
         return
     for name in chosen:
-        stage = graph.plan(config, [name])[name]
-        if stage.state == "done" and not fresh:
+        stage = graph.plan(config, [name], fresh=fresh)[name]
+        if stage.state == "done" and is_synced(config, stage.run_dir):
             logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
             continue
         command = _command(config, name, [pipeline, *(overrides or [])], fresh)
@@ -94,7 +95,7 @@ def predict(
         Path | None,
         typer.Option(help="JSON: image file name -> list of [x, y, width, height]; unset: the whole image."),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Whose decoder; unset: the model's first.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Whose decoder; unset: COCO's, else the first.")] = None,
     out: Annotated[Path, typer.Option(help="Where keypoints.json and the pictures go.")] = Path("predictions"),
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, for mlflow:RUN_ID.")] = None,
     flip: Annotated[bool, typer.Option(help="Average with the mirrored image.")] = True,

@@ -31,11 +31,13 @@ def setup_logging(rank: int, run_dir: Path | None = None) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Prints a table on stdout, as wide as its content where there is no terminal."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    """Prints a table on stdout, up to 200 characters wide where there is no terminal."""
+    drawn = Table()
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*[str(cell) for cell in row])
     console = Console()
-    Console(width=console.width if console.is_terminal else 200).print(drawn)
+    console = Console(width=console.width if console.is_terminal else 200)
+    console.print(title, style="bold", highlight=False)
+    console.print(drawn)

@@ -6,6 +6,7 @@ from launchers.console import table
 from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.data.collection import open_shards
+from pipeline.data.definitions import load_definition
 from pipeline.engine import split_batch
 from pipeline.memory import estimate
 from pipeline.models.config import MAEConfig, PoseConfig
@@ -43,7 +44,7 @@ def _model_row(pipeline: PipelineConfig, plan: graph.StagePlan) -> list[Any]:
     model = getattr(config, "model", None)
     if model is None:
         return [plan.name, "-", "-", batch, "-", _steps(config, plan)]
-    total = _total(model, plan)
+    total = _total(model, plan, pipeline)
     memory = estimate(model, total, micro, processes, pipeline.engine)
     return [
         plan.name,
@@ -55,7 +56,7 @@ def _model_row(pipeline: PipelineConfig, plan: graph.StagePlan) -> list[Any]:
     ]
 
 
-def _total(model: PoseConfig | MAEConfig, plan: graph.StagePlan) -> int:
+def _total(model: PoseConfig | MAEConfig, plan: graph.StagePlan, pipeline: PipelineConfig) -> int:
     if isinstance(model, MAEConfig):
         return describe_mae(model)["total"]
     shards = plan.inputs.get("shards")
@@ -64,8 +65,15 @@ def _total(model: PoseConfig | MAEConfig, plan: graph.StagePlan) -> int:
             name: d.num_keypoints for name, d in open_shards(shards.artifact).definitions.items() if d.num_keypoints
         }
     else:
-        keypoints = {"coco": 17}
+        keypoints = _keypoints_to_come(plan, pipeline)
     return describe_pose(model, keypoints)["total"]
+
+
+def _keypoints_to_come(plan: graph.StagePlan, pipeline: PipelineConfig) -> dict[str, int]:
+    """K by dataset of shards that are not made yet, from the stage that will make them."""
+    shards = pipeline.stages.get(plan.config.references().get("shards", ""))
+    definitions = [load_definition(source.name) for source in getattr(shards, "datasets", ())]
+    return {definition.name: definition.num_keypoints for definition in definitions if definition.num_keypoints}
 
 
 def _steps(config: TrainingConfig, plan: graph.StagePlan) -> str:

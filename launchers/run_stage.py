@@ -17,7 +17,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launchers.console import setup_logging
-from launchers.dry_run import print_dry_run
 from pipeline import graph
 from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, ArtifactError, ConfigError, Stopped, VitruvianError
@@ -76,6 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--stage: pipeline {pipeline.name!r} has no stage {options.stage!r}{hint}")
         if options.dry_run:
             if rank() == 0:
+                from launchers.dry_run import print_dry_run
+
                 print_dry_run(pipeline, [options.stage])
             return EXIT_DONE
         return run(pipeline, options.stage, options.config, options.overrides, fresh=options.fresh)
@@ -88,16 +89,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], *, fresh: bool = False) -> int:
     """Skips, resumes or starts one stage, after making the data that it lacks."""
-    stage = _ready(pipeline, name, config, overrides)
+    stage = _ready(pipeline, name, config, overrides, fresh)
     if fresh:
-        stage = _set_aside(pipeline, name, stage)
+        _set_aside(stage)
     assert stage.run_dir is not None and stage.fingerprint is not None
     tags = {"fingerprint": stage.fingerprint, "stage": name, "kind": stage.config.kind, "pipeline": pipeline.name}
     tags |= {f"parent.{label}": source.digest or "" for label, source in stage.inputs.items()}
     if stage.state == "done":
         logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
         if rank() == 0:
-            sync(pipeline, stage.run_dir, name, tags)
+            sync(pipeline, stage.run_dir, name, tags, stage.parameters, stage.datasets)
         return EXIT_DONE
     distributed = type(stage.config).distributed
     if rank() > 0 and not distributed:
@@ -148,13 +149,13 @@ def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], d
     return EXIT_DONE
 
 
-def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str]) -> StagePlan:
+def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], fresh: bool) -> StagePlan:
     """The plan of a stage whose inputs exist. Rank 0 makes missing data, fetches missing models; the others wait.
 
-    Raises ArtifactError with the command to type where a trained input is missing, DataError where the user's raw data is.
+    Raises ArtifactError with the command to type where a trained input is missing, DataError where raw data is.
     """
     while True:
-        plans = graph.plan(pipeline, [name])
+        plans = graph.plan(pipeline, [name], fresh=fresh)
         if plans[name].state != "waiting":
             return plans[name]
         graph.require_raw_data(plans[name])
@@ -170,8 +171,8 @@ def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str
         elif not _fetch(pipeline, missing):
             words = shlex.join([*overrides])
             raise ArtifactError(
-                f"stage {name!r} needs the artifact of {missing.name!r}, which {missing.reason.split(';')[0]}; make it "
-                f"with: vitruvian run {config} --until {missing.name} {words}".rstrip()
+                f"stage {name!r} needs the artifact of {missing.name!r}, which has not finished "
+                f"({missing.reason.split(';')[0]}); make it with: vitruvian run {config} --until {missing.name} {words}".rstrip()
             )
 
 
@@ -194,21 +195,21 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
     try:
         found = download(uri, stage.run_dir, fingerprint=stage.fingerprint)
     except Exception as error:  # MLflow may raise anything; the user learns why it did not help
-        logger.warning("MLflow at %s has no help: %s", uri, str(error).splitlines()[0][:160])
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning("MLflow at %s has no help: %s", uri, reason[:160])
         return False
     if found:
         logger.info("%s: fetched from MLflow at %s", stage.name, uri)
     return found
 
 
-def _set_aside(pipeline: PipelineConfig, name: str, stage: StagePlan) -> StagePlan:
+def _set_aside(stage: StagePlan) -> None:
     """Renames an existing run directory, so that the stage starts over and nothing is lost."""
     assert stage.run_dir is not None
     if rank() == 0 and stage.run_dir.exists():
         count = len(list(stage.run_dir.parent.glob(f"{stage.run_dir.name}.old-*")))
         stage.run_dir.rename(stage.run_dir.with_name(f"{stage.run_dir.name}.old-{count + 1}"))
-        logger.info("%s: the old run was moved to %s.old-%d", name, stage.run_dir, count + 1)
-    return graph.plan(pipeline, [name])[name]
+        logger.info("%s: the old run was moved to %s.old-%d", stage.name, stage.run_dir, count + 1)
 
 
 def rank() -> int:

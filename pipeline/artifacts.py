@@ -110,7 +110,7 @@ def publish(staged: Path, final: Path, **fields: Any) -> Artifact:
     """Turns a folder of finished files into the artifact at `final`, in one rename.
 
     `fields` are the manifest's, without `digest` and `files`, which are computed here. Every file is made durable
-    before the manifest is.
+    before the rename.
     """
     files = {
         str(path.relative_to(staged)): FileRecord(sha256=sha256(path), size=path.stat().st_size)
@@ -149,7 +149,7 @@ def read_artifact(path: Path) -> Artifact:
                 f"{where}: schema version {raw['schema_version']} is newer than this program's; update it"
             )
         manifest = Manifest.model_validate(raw)
-    except (OSError, ValueError, AttributeError, ValidationError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ValidationError) as error:
         raise ArtifactError(f"{where}: not a manifest: {' '.join(str(error).split())[:200]}") from None
     if manifest.digest != payload_digest(manifest.files):
         raise ArtifactError(

@@ -73,7 +73,10 @@ class ResumePoints:
                 shutil.rmtree(final)
             temporary.rename(final)
             fsync_directory(self.folder)
-            for old in resume_points(self.folder.parent)[: -self.keep]:
+            points = resume_points(self.folder.parent)
+            # Later ones were damaged, or this run would have gone on from them.
+            later = [point for point in points if step_of(point) > step]
+            for old in [*later, *[point for point in points if point not in later][: -self.keep]]:
                 shutil.rmtree(old)
         barrier()
 

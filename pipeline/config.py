@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import ConfigError
 
@@ -48,7 +48,7 @@ class RuntimeConfig(Strict):
     processes: int | None = Field(None, ge=1)
     """Processes that `vitruvian run` starts for a training stage; unset: one per GPU, one on a CPU."""
     workers: int | None = Field(None, ge=0)
-    """Data loading processes per rank; unset: shares the cores out, at most 8."""
+    """Data loading processes per rank; unset: one on a CPU, beside a GPU the cores shared out, at most 8."""
     threads: int | None = Field(None, ge=1)
     """CPU threads per rank; unset: the cores shared out over the ranks of this machine."""
     deterministic: bool = False
@@ -112,11 +112,16 @@ class PipelineConfig(Strict):
     """The machine."""
     tracking: TrackingConfig = TrackingConfig()
     """Metrics and artifacts."""
-    stages: dict[str, Any]
-    """Stage sections by name."""
+    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Any]
+    """Stage sections by name; a name is a folder of the workspace."""
+
+    @field_validator("workspace", mode="after")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
 
     @model_validator(mode="after")
-    def _bf16_needs_zero_or_autocast(self) -> "PipelineConfig":
+    def _has_stages(self) -> "PipelineConfig":
         if not self.stages:
             raise ValueError("a pipeline needs at least one stage")
         return self
@@ -136,7 +141,9 @@ def load_pipeline(
     mistakes: list[str] = []
     if isinstance(stages, dict):
         stages = {name: section for name, section in stages.items() if section is not None}
-        raw = {**raw, "stages": {name: _stage(name, section, kinds, mistakes) for name, section in stages.items()}}
+        known = [str(name) for name, section in stages.items() if isinstance(section, dict) and "kind" in section]
+        validated = {name: _stage(str(name), section, kinds, known, mistakes) for name, section in stages.items()}
+        raw = {**raw, "stages": validated}
     try:
         pipeline = PipelineConfig.model_validate(raw)
     except ValidationError as error:
@@ -153,7 +160,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(content).__name__}")
@@ -250,34 +257,48 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: expected key=value with a dotted key, such as stages.mae.steps=100")
     try:
-        value = yaml.safe_load(_scientific(text))
-    except yaml.YAMLError:
+        value = _value(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError(f"override {override!r}: the value is not YAML") from None
     *parents, last = key.split(".")
-    section: Any = raw
+    section = raw
     for part in parents:
-        section = section.setdefault(part, {}) if isinstance(section, dict) else None
-        if not isinstance(section, dict):
+        inner = section.get(part, {})
+        if not isinstance(inner, dict):
             raise ConfigError(f"override {override!r}: {part!r} is not a section")
+        # A copy: sections that share one YAML anchor are one object, and only this one is meant.
+        section[part] = dict(inner)
+        section = section[part]
+    section.pop(_EXCLUSIVE.get(last), None)
     section[last] = value
 
 
-def _scientific(text: str) -> str:
-    """YAML 1.1 reads 1e-4 as a string: it wants 1.0e-4."""
-    try:
-        float(text)
-    except ValueError:
-        return text
-    return text if "e" not in text.lower() or "." in text else text.lower().replace("e", ".0e", 1)
+_EXCLUSIVE = {"steps": "epochs", "epochs": "steps", "lr": "base_lr", "base_lr": "lr"}
+"""Keys of which a section has one: an override drops the other that the file gives."""
 
 
-def _stage(name: str, section: Any, kinds: Mapping[str, type[StageConfig]], mistakes: list[str]) -> Any:
+def _value(text: str) -> Any:
+    """A value as YAML reads it, but 1e-4 is a number: YAML 1.1 wants 1.0e-4."""
+    if "e" in text.lower():
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    return yaml.safe_load(text)
+
+
+def _stage(
+    name: str, section: Any, kinds: Mapping[str, type[StageConfig]], others: list[str], mistakes: list[str]
+) -> Any:
     where = f"stages.{name}"
     if not isinstance(section, dict):
         mistakes.append(f"{where}: expected a section, found {section!r}")
         return None
     kind = section.get("kind")
-    if kind not in kinds:
+    if kind is None:
+        mistakes.append(f"{where}: no such stage, or its kind is missing{did_you_mean(name, others)}")
+        return None
+    if not isinstance(kind, str) or kind not in kinds:
         mistakes.append(f"{where}.kind: unknown stage kind {kind!r}{did_you_mean(str(kind), sorted(kinds))}")
         return None
     try:

@@ -4,16 +4,18 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact, Parent, publish, read_artifact
 from pipeline.config import PipelineConfig
-from pipeline.distributed import World, barrier
 from pipeline.errors import ArtifactError
 from pipeline.files import write_json, write_text
 from pipeline.graph import Input, StagePlan
 from pipeline.status import Status
 from pipeline.tracking import Tracker
+
+if TYPE_CHECKING:
+    from pipeline.distributed import World
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Context:
 
     pipeline: PipelineConfig
     plan: StagePlan
-    world: World
+    world: "World"
     tracker: Tracker
     status: Status
 
@@ -70,6 +72,8 @@ class Context:
 
         licences: of the data that went in here; those of the inputs are added. about: lines of the card.
         """
+        from pipeline.distributed import barrier  # torch: planning imports this file, too
+
         if self.world.is_main:
             staged = self.run_dir / ".artifact"
             shutil.rmtree(staged, ignore_errors=True)

@@ -45,6 +45,8 @@ def world_from_environment(runtime: RuntimeConfig) -> World:
     if runtime.device == "cuda" and not cuda:
         raise ConfigError("runtime.device: cuda was asked for, but torch finds no CUDA device; use runtime.device=cpu")
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // local_size))
+    # Moments of tiny gradients are denormal numbers, on which a CPU is many times slower.
+    torch.set_flush_denormal(True)
     if cuda:
         torch.cuda.set_device(local_rank)
     if runtime.deterministic:

@@ -105,21 +105,26 @@ def ancestors(pipeline: PipelineConfig, name: str) -> list[str]:
     return [stage for stage in order(pipeline) if stage in needed]
 
 
-def plan(pipeline: PipelineConfig, only: list[str] | None = None) -> dict[str, StagePlan]:
-    """The state of each stage (of `only` and its ancestors), parents first."""
+def plan(pipeline: PipelineConfig, only: list[str] | None = None, *, fresh: bool = False) -> dict[str, StagePlan]:
+    """The state of each stage (of `only` and its ancestors), parents first.
+
+    fresh: the stages of `only` start over, whatever their run directories hold, be it a damaged artifact.
+    Raises ConfigError for a cycle, ArtifactError for a finished stage whose artifact is damaged.
+    """
     wanted = order(pipeline)
     if only is not None:
         needed = {*only, *(parent for name in only for parent in ancestors(pipeline, name))}
         wanted = [name for name in wanted if name in needed]
     plans: dict[str, StagePlan] = {}
     for name in wanted:
-        plans[name] = _plan_stage(pipeline, name, plans)
+        plans[name] = _plan_stage(pipeline, name, plans, fresh and name in (only or pipeline.stages))
     return plans
 
 
-def _plan_stage(pipeline: PipelineConfig, name: str, plans: dict[str, StagePlan]) -> StagePlan:
+def _plan_stage(pipeline: PipelineConfig, name: str, plans: dict[str, StagePlan], fresh: bool) -> StagePlan:
     config = pipeline.stages[name]
     inputs = {label: _input(config, label, reference, plans) for label, reference in config.references().items()}
+    definitions = {source.name: digest_of(_definition(source)) for source in _sources(config)}
     missing = [_awaited(source) for source in inputs.values() if source.digest is None]
     if missing:
         return StagePlan(name, config, "waiting", f"for {', '.join(dict.fromkeys(missing))}", inputs)
@@ -129,12 +134,13 @@ def _plan_stage(pipeline: PipelineConfig, name: str, plans: dict[str, StagePlan]
         "config": fingerprint_view(config),
         "seed": pipeline.seed,
         "precision": pipeline.engine.precision if type(config).distributed else None,
+        "definitions": definitions,
         "inputs": {label: source.digest for label, source in inputs.items()},
     }
     fingerprint = digest_of(identity)
     run_dir = pipeline.workspace.absolute() / pipeline.name / name / fingerprint[:12]
-    state, reason = _state(run_dir)
-    if state == "start":
+    state, reason = ("start", "asked for with --fresh") if fresh else _state(run_dir)
+    if state == "start" and not fresh:
         reason += _what_changed(run_dir, identity)
     return StagePlan(name, config, state, reason, inputs, fingerprint, run_dir, identity)
 
@@ -157,7 +163,7 @@ def _state(run_dir: Path) -> tuple[State, str]:
 def resume_points(run_dir: Path) -> list[Path]:
     """Folders of saved resume points, oldest first; not yet verified."""
     found = (path for path in (run_dir / "resume").glob("step-*") if path.is_dir())
-    return sorted(found, key=step_of)
+    return sorted((path for path in found if path.name.removeprefix("step-").isdecimal()), key=step_of)
 
 
 def step_of(point: Path) -> int:
@@ -173,7 +179,9 @@ def require_raw_data(stage: StagePlan) -> None:
 
 
 def _awaited(source: Input) -> str:
-    return f"raw data at {Path(source.reference)}/ (see README)" if source.lacks else source.reference
+    if source.lacks:
+        return f"raw data at {source.reference.removeprefix('./').rstrip('/')}/ (see README)"
+    return source.reference
 
 
 def _input(config: StageConfig, label: str, reference: str, plans: dict[str, StagePlan]) -> Input:
@@ -187,7 +195,7 @@ def _input(config: StageConfig, label: str, reference: str, plans: dict[str, Sta
     if (path / MANIFEST).is_file():
         artifact = read_artifact(path)
         return Input(reference, path, artifact.digest, artifact)
-    sources = getattr(config, "sources", list)()
+    sources = _sources(config)
     if label == "data" and sources:
         return _raw_data(reference, path, sources)
     raise ArtifactError(
@@ -200,27 +208,31 @@ def _raw_data(reference: str, path: Path, sources: list[DatasetSource]) -> Input
     remote = "://" in reference
     if not remote and not path.is_dir():
         wanted = ", ".join(dict.fromkeys(f"{source.name} ({source.split})" for source in sources))
-        return Input(
-            reference,
-            None,
-            None,
-            lacks=f"no folder {path}, which should hold the raw data of {wanted}; "
-            "docs/datasets.md says how it lies there",
-        )
+        lacks = f"no folder {path}, where the raw data of {wanted} belongs; docs/datasets.md says how it lies there"
+        return Input(reference, None, None, lacks=lacks)
     try:
         return Input(reference, path, _digest_of_raw_data(reference if remote else str(path), sources))
     except DataError as error:
         return Input(reference, None, None, lacks=str(error))
 
 
+def _sources(config: StageConfig) -> list[DatasetSource]:
+    """The datasets that a stage reads."""
+    return getattr(config, "sources", list)()
+
+
+def _definition(source: DatasetSource) -> dict[str, Any]:
+    return load_definition(source.name).model_dump(mode="json")
+
+
 def _digest_of_raw_data(root: str, sources: list[DatasetSource]) -> str:
-    """Of the annotation files and dataset definitions that a stage reads; images are checked as they are read."""
+    """Of the annotation files that a stage reads; images are checked as they are read. A URL stands for what it names."""
     parts = []
     for source in sources:
         files = resolve(source, root)
         named = {"annotations": files.annotations, "detections": files.detections, "truth": files.truth}
-        digests = {label: sha256(Path(path)) for label, path in named.items() if path and "://" not in path}
-        parts.append([load_definition(source.name).model_dump(mode="json"), source.split, digests])
+        digests = {label: path if "://" in path else sha256(Path(path)) for label, path in named.items() if path}
+        parts.append([source.split, digests])
     return digest_of(parts)
 
 

@@ -20,14 +20,14 @@ class Predictor:
     def __init__(
         self, artifact: str | Path | Artifact, dataset: str | None = None, *, device: str = "cpu", flip: bool = True
     ) -> None:
-        """artifact: the folder of a pose model. dataset: whose decoder and keypoints; unset: the model's first.
+        """artifact: the folder of a pose model. dataset: whose decoder; unset: COCO's where there is one, else the first.
 
         Raises ArtifactError, or ConfigError if the model has no such decoder.
         """
         opened = artifact if isinstance(artifact, Artifact) else read_artifact(Path(artifact))
         self.model, self.spec = load_pose(opened)
         self.model.to(torch.device(device))
-        name = dataset or next(iter(self.spec.datasets))
+        name = dataset or ("coco" if "coco" in self.spec.datasets else next(iter(self.spec.datasets)))
         if name not in self.spec.datasets:
             raise ConfigError(f"the model has no decoder for {name!r}; it has {', '.join(self.spec.datasets)}")
         self.definition: DatasetDefinition = self.spec.datasets[name]

@@ -54,11 +54,13 @@ class Schedule(Strict):
     """Where the rate falls by 10, as fractions of the whole length (ViTPose: 170/210 and 200/210)."""
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> "Schedule":
+    def _is_consistent(self) -> "Schedule":
         if self.warmup_steps and self.warmup_epochs:
             raise ValueError("give warmup_steps or warmup_epochs, not both")
         if any(not 0 < milestone < 1 for milestone in self.milestones):
             raise ValueError("milestones are fractions between 0 and 1")
+        if bool(self.milestones) != (self.shape == "step"):
+            raise ValueError("milestones and shape 'step' go together")
         return self
 
     def factor(self, step: int, total: int, steps_per_epoch: float) -> float:
@@ -70,7 +72,7 @@ class Schedule(Strict):
             progress = (step - warmup) / max(1.0, total - warmup)
             return 0.5 * (1 + math.cos(math.pi * progress))
         if self.shape == "step":
-            return 0.1 ** sum(step >= milestone * total for milestone in self.milestones)
+            return 0.1 ** sum(step >= round(milestone * total) for milestone in self.milestones)
         return 1.0
 
 
@@ -105,7 +107,8 @@ class TrainingConfig(StageConfig):
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
-        return max(1, math.ceil(self.epochs * samples_per_epoch / self.global_batch_size))
+        # Rounded first: 1.1 epochs of 100 samples are 110 samples, not 110.00000000000001.
+        return max(1, math.ceil(round(self.epochs * samples_per_epoch / self.global_batch_size, 6)))
 
     def save_interval(self, total_steps: int) -> int:
         """Steps between two resume points."""
@@ -148,6 +151,14 @@ class PoseTrainingConfig(TrainingConfig):
     """Periodic evaluation; needs inputs.data."""
     keep: Literal["last", "best"] = "last"
     """Publish the last weights, or those of the best evaluation (which flatters on the split that chose them)."""
+
+    @model_validator(mode="after")
+    def _evaluation_is_possible(self) -> "PoseTrainingConfig":
+        if self.keep == "best" and self.evaluation is None:
+            raise ValueError("keep: best needs an evaluation")
+        if self.evaluation is not None and "data" not in self.references():
+            raise ValueError("evaluation needs inputs.data, the raw data to evaluate on")
+        return self
 
     def sources(self) -> list[DatasetSource]:
         """Raw data that is read."""

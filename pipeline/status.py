@@ -15,7 +15,8 @@ class Status:
     def __init__(self, run_dir: Path, writes: bool) -> None:
         self._path = run_dir / "status.json"
         self._writes = writes
-        self._content: dict[str, Any] = {**read_status(run_dir), "pid": os.getpid(), "host": socket.gethostname()}
+        before = {key: value for key, value in read_status(run_dir).items() if key not in ("exit_code", "message")}
+        self._content: dict[str, Any] = {**before, "pid": os.getpid(), "host": socket.gethostname()}
 
     def running(self, step: int, steps: int) -> None:
         """Progress of a training stage, in optimizer steps."""

@@ -8,6 +8,8 @@ sent: a repeated step is not sent again, and an outage only delays. Training nev
 import json
 import logging
 import os
+import re
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import PipelineConfig
-from pipeline.files import read_json, write_json, write_text
+from pipeline.files import publish_folder, read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +111,24 @@ def tracking_uri(pipeline: PipelineConfig) -> str | None:
     return f"sqlite:///{pipeline.workspace.absolute() / 'mlflow.db'}"
 
 
-def sync(pipeline: PipelineConfig, run_dir: Path, run_name: str, tags: Mapping[str, str]) -> None:
+def is_synced(pipeline: PipelineConfig, run_dir: Path | None) -> bool:
+    """True where `sync` has nothing to do for a finished stage."""
+    return tracking_uri(pipeline) is None or run_dir is None or Mirror.is_complete(run_dir)
+
+
+def sync(
+    pipeline: PipelineConfig,
+    run_dir: Path,
+    run_name: str,
+    tags: Mapping[str, str],
+    parameters: Mapping[str, Any],
+    datasets: Sequence[Mapping[str, str]],
+) -> None:
     """Uploads what a finished stage could not upload while MLflow was down. Does nothing where nothing is left."""
     uri = tracking_uri(pipeline)
-    if uri and not Mirror.is_complete(run_dir):
+    if uri and not is_synced(pipeline, run_dir):
         mirror = Mirror(pipeline, run_dir, run_name, tags, uri)
-        mirror.start({}, ())
+        mirror.start(parameters, datasets)
         mirror.finish("FINISHED", run_dir / "artifact")
 
 
@@ -125,9 +139,11 @@ class Mirror:
         self, pipeline: PipelineConfig, run_dir: Path, run_name: str, tags: Mapping[str, str], uri: str
     ) -> None:
         self._pipeline, self._run_dir, self._run_name = pipeline, run_dir, run_name
-        self._tags, self._uri = dict(tags), uri
+        self._tags, self._uri = {_key(name): value for name, value in tags.items()}, uri
         self._state_path = run_dir / "mlflow.json"
         state = read_json(self._state_path) if self._state_path.is_file() else {}
+        if state.get("uri") != uri:  # another server knows nothing of the run
+            state = {}
         self.run_id: str | None = state.get("run_id")
         self._sent: dict[str, int] = state.get("sent", {})
         self._client: Any = None
@@ -210,7 +226,7 @@ class Mirror:
         else:
             client.update_run(self.run_id, status="RUNNING")
         for key, value in self._parameters.items():
-            client.log_param(self.run_id, key, str(value)[:6000])
+            client.log_param(self.run_id, _key(key), str(value)[:6000])
         self._log_datasets(client)
         self._client = client
 
@@ -253,7 +269,7 @@ class Mirror:
         for start in range(0, len(new), _LINES_A_REQUEST):
             chunk = new[start : start + _LINES_A_REQUEST]
             metrics = [
-                Metric(key, float(value), line["time"], line["step"])
+                Metric(_key(key), float(value), line["time"], line["step"])
                 for line in chunk
                 for key, value in line["metrics"].items()
             ]
@@ -279,7 +295,7 @@ class Mirror:
 
 
 def download(uri: str, destination: Path, *, run_id: str | None = None, fingerprint: str | None = None) -> bool:
-    """Fetches the artifact of an MLflow run, by id or by the fingerprint of a FINISHED run, into a new folder.
+    """Fetches the artifact of an MLflow run, by id or by the fingerprint of a FINISHED run, as `destination/artifact`.
 
     False where no such run exists. The caller verifies the digests. Raises whatever MLflow raises.
     """
@@ -294,7 +310,9 @@ def download(uri: str, destination: Path, *, run_id: str | None = None, fingerpr
             return False
         run_id = runs[0].info.run_id
     destination.mkdir(parents=True, exist_ok=True)
-    client.download_artifacts(run_id, "artifact", str(destination))
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=destination) as folder:
+        client.download_artifacts(run_id, "artifact", folder)
+        publish_folder(Path(folder) / "artifact", destination / "artifact")
     return True
 
 
@@ -311,6 +329,11 @@ def system_metrics() -> dict[str, float]:
     if torch.cuda.is_available():
         found["system/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
+
+
+def _key(name: str) -> str:
+    """A name that MLflow takes: what users call their models is up to them."""
+    return re.sub(r"[^\w\-. /:]", "_", name, flags=re.ASCII)
 
 
 def _short(error: Exception) -> str:

@@ -141,11 +141,15 @@ def train(
 
 
 def loader_workers(asked: int | None, world: World) -> int:
-    """Data loading processes of this rank: what was asked for, or the cores shared out, at most 8."""
+    """Data loading processes of this rank: what was asked for; else the cores shared out, at most 8 beside a GPU.
+
+    A CPU that trains needs its cores for that: one process prepares thousands of samples a second.
+    """
     if asked is not None:
         return asked
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    return min(8, max(1, (os.cpu_count() or 1) // local_size))
+    most = 8 if world.device.type == "cuda" else 1
+    return min(most, max(1, (os.cpu_count() or 1) // local_size))
 
 
 @torch.no_grad()

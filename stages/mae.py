@@ -7,7 +7,7 @@ can go on; `finetune` takes the encoder.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import NotInFingerprint, Strict
 from pipeline.context import Context
@@ -38,6 +38,12 @@ class Config(TrainingConfig):
     """Probability of a mirror image."""
     pictures: Annotated[int, NotInFingerprint] = Field(8, ge=0)
     """Reconstructions to draw."""
+
+    @model_validator(mode="after")
+    def _crop_is_a_range(self) -> "Config":
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale {self.crop_scale} is not a range of shares between 0 and 1")
+        return self
 
 
 def run(context: Context, config: Config) -> None:

@@ -13,8 +13,6 @@ from pipeline.data.instance import Instance
 from pipeline.data.readers import files
 from pipeline.data.readers.records import ImageRecord
 
-EXAMPLES = 5
-"""Problems of a kind that a report quotes."""
 MAX_ASPECT = 10.0
 """A box more elongated than this is suspicious."""
 MAX_DISTANCE = 0.5
@@ -25,18 +23,22 @@ MAX_DISTANCE = 0.5
 class ProblemGroup:
     """All problems of one kind."""
 
-    count: int = 0
-    dropped: int = 0
-    """How many of them keep a record from being used."""
-    examples: list[Problem] = field(default_factory=list)
-    """The first ones."""
+    records: list[Problem] = field(default_factory=list)
+    """Each of them."""
 
     def add(self, problem: Problem) -> None:
-        """Counts a problem."""
-        self.count += 1
-        self.dropped += problem.dropped
-        if len(self.examples) < EXAMPLES:
-            self.examples.append(problem)
+        """Takes a problem in."""
+        self.records.append(problem)
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(self.records)
+
+    @property
+    def dropped(self) -> int:
+        """How many of them keep a record from being used."""
+        return sum(problem.dropped for problem in self.records)
 
 
 @dataclass(frozen=True)

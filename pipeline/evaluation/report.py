@@ -125,10 +125,9 @@ class EvaluationReport:
                 difference = a.average_precision() - b.average_precision()
                 low, high = bootstrap_difference(a, b, resamples=self.bootstrap, seed=self.seed)
                 self.metrics[f"{first}-minus-{second}/{dataset}/{kind}/AP"] = difference
-                boxes = kind.replace("_", " ")
-                self._notes.append(
-                    f"{first} minus {second} on {dataset}, {boxes} boxes: {difference:+.1f} AP, 95 % interval {low:+.1f} to {high:+.1f}"
-                )
+                where = f"on {dataset}, {kind.replace('_', ' ')} boxes"
+                interval = f"95 % interval {low:+.1f} to {high:+.1f}"
+                self._notes.append(f"{first} minus {second} {where}: {difference:+.1f} AP, {interval}")
 
     def _note_ceiling(self, annotations: Annotations) -> None:
         """What the codec alone allows, once for each codec among the models."""

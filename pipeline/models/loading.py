@@ -27,7 +27,7 @@ SPEC = "model.json"
 class PoseSpec(Strict):
     """`model.json` of a pose model."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     model: Literal["pose"] = "pose"
     config: PoseConfig
     datasets: dict[str, DatasetDefinition]
@@ -43,7 +43,7 @@ class PoseSpec(Strict):
 class MAESpec(Strict):
     """`model.json` of a masked autoencoder, or of its encoder alone."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     model: Literal["mae"] = "mae"
     config: MAEConfig
     encoder_only: bool = False
@@ -53,7 +53,7 @@ class MAESpec(Strict):
 class TokenSpec(Strict):
     """`model.json` of a knowledge token."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     model: Literal["token"] = "token"
     teacher: str
     """Digest of the artifact of the teacher that it was fitted on."""

@@ -1,0 +1,260 @@
+"""`run_stage.py`: a mistake of the user is one line on stderr, exit code 2, and nothing is started."""
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from launchers import run_stage
+from pipeline import graph
+from pipeline.artifacts import publish
+from pipeline.config import load_pipeline
+from pipeline.errors import VitruvianError
+from pipeline.graph import StagePlan
+from stages import KINDS
+
+SCRIPT = Path(run_stage.__file__).resolve()
+MAE: dict[str, Any] = {
+    "kind": "mae",
+    "inputs": {"shards": "./shards"},
+    "model": {"backbone": {"size": "micro", "image_size": [32, 32], "patch_size": 8}, "decoder_width": 32},
+    "steps": 10,
+    "global_batch_size": 8,
+    "optimizer": {"lr": 0.001},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No launcher's variables, a folder of its own, and the log handlers of before."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.chdir(tmp_path)
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    os.environ.pop("LOCAL_RANK", None)
+
+
+def publish_at(final: Path) -> None:
+    staged = final.with_name("." + final.name)
+    staged.mkdir(parents=True)
+    (staged / "payload").write_bytes(b"x")
+    fields: dict[str, Any] = {"config": {}, "parents": {}, "metrics": {}, "licences": []}
+    publish(staged, final, pipeline="p", stage="s", kind="shards", fingerprint="f", **fields)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A pipeline whose shards are there and whose two training stages never ran."""
+    publish_at(tmp_path / "shards")
+    last = {**MAE, "inputs": {"shards": "./shards", "init": "mae"}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"name": "trial", "stages": {"mae": MAE, "last": last}}))
+    return "p.yaml"
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Exit code and the one line on stderr, without its time."""
+    code = run_stage.main(list(arguments))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    return code, line.partition(" ")[2]
+
+
+def plan(file: str, name: str, **changes: Any) -> StagePlan:
+    return graph.plan(load_pipeline(file, [], KINDS), [name], **changes)[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stage", "mae", "sed=1"], "demo: sed: unknown key; did you mean 'seed'?"),
+        (
+            ["--stage", "mae", "stages.mae.optimizer.lrr=1"],
+            "demo: stages.mae.optimizer.lrr: unknown key; did you mean 'lr'?",
+        ),
+        (["--stage", "mae", "stages.mae.steps=many"], "demo: stages.mae.steps: input should be a valid integer"),
+        (["--stage", "mae", "engine.precision=fp16"], "demo: engine.precision: input should be 'float32' or 'bf16'"),
+        (["--stage", "mea"], "--stage: pipeline 'demo' has no stage 'mea'; did you mean 'mae'?"),
+        (["--stage", "mae", "--config", "demoo"], "no pipeline 'demoo': neither a file nor a shipped preset"),
+        (["--stage", "mae", "--config", "none.yaml"], "no pipeline 'none.yaml'"),
+        (["--stage", "mae", "seed"], "override 'seed': expected key=value"),
+        (["--stage", "mae", "stages.mae=null"], "no stage and no path 'mae'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    code, line = call(capsys, *arguments)
+    assert code == 2 and line.startswith("error: ") and said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: !!python/object/apply:os.system ['touch canary']", "not YAML"),
+        ("name: [", "not YAML"),
+        ("\x00\x01", "not YAML"),
+        ("just words", "expected a mapping at the top, found str"),
+        ("base: middle.yaml", "has a base itself; one level is the limit"),
+        ("name: x\nstages: {a: {kind: mea}}", "stages.a.kind: unknown stage kind 'mea'; did you mean 'mae'?"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "middle.yaml").write_text("base: demo")
+    (tmp_path / "mine.yaml").write_text(text)
+    code, line = call(capsys, "--stage", "mae", "--config", "mine.yaml")
+    assert code == 2 and line.startswith("error: ") and "mine.yaml" in line and said in line
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_circle_of_stages_is_one_line_and_exit_2(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    code, line = call(capsys, "--stage", "mae", "--config", file, "stages.mae.inputs.init=last")
+    assert code == 2 and "in a circle" in line and "mae -> last" in line
+
+
+def test_a_missing_trained_input_names_the_command_that_makes_it(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    code, line = call(capsys, "--stage", "last", "--config", file, "seed=3", "description=two words")
+    assert code == 2 and "stage 'last' needs the artifact of 'mae', which has not finished (never ran)" in line
+    assert line.endswith("make it with: vitruvian run p.yaml --until mae seed=3 'description=two words'")
+
+
+def test_an_input_that_is_no_artifact_is_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    code, line = call(capsys, "--stage", "mae", "--config", file, "stages.mae.inputs.shards=./empty")
+    assert code == 2 and "'./empty' is neither an artifact" in line
+
+
+def test_an_unknown_option_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--stage", "mae", "--fresch"], []):
+        with pytest.raises(SystemExit) as caught:
+            run_stage.main(arguments)
+        assert caught.value.code == 2
+    assert "--stage" in capsys.readouterr().err
+
+
+def test_options_and_overrides_mix_and_the_launchers_local_rank_comes_first() -> None:
+    found = run_stage.parser().parse_intermixed_args(
+        ["--local_rank=3", "seed=1", "--stage", "mae", "a.b=2", "--config", "x", "--dry-run", "c=3"]
+    )
+    assert (found.local_rank, found.stage, found.config, found.dry_run) == (3, "mae", "x", True)
+    assert found.overrides == ["seed=1", "a.b=2", "c=3"] and not found.fresh
+    assert run_stage.parser().parse_intermixed_args(["--local-rank", "1", "--stage", "mae"]).config == "demo"
+
+
+def test_the_local_rank_of_an_old_launcher_reaches_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "--local_rank=2", "--stage", "nothing")
+    assert os.environ["LOCAL_RANK"] == "2"
+
+
+def test_a_finished_stage_is_skipped_and_says_why(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    done = plan(file, "mae")
+    graph.record_identity(done)
+    publish_at(done.run_dir / "artifact")
+    code, line = call(capsys, "--stage", "mae", "--config", file, "tracking.uri=null")
+    assert code == 0 and line == f"mae: skipped, finished with the same fingerprint ({done.run_dir})"
+
+
+def test_a_skipped_stage_sends_what_tracking_missed(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = plan(file, "mae")
+    publish_at(done.run_dir / "artifact")
+    sent: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(run_stage, "sync", lambda *given: sent.append(given[1:]))
+    assert run_stage.main(["--stage", "mae", "--config", file]) == 0
+    tags = {"fingerprint": done.fingerprint, "stage": "mae", "kind": "mae", "pipeline": "trial"}
+    tags["parent.shards"] = done.inputs["shards"].digest
+    assert sent == [(done.run_dir, "mae", tags, done.parameters, done.datasets)]
+    monkeypatch.setenv("RANK", "1")
+    assert run_stage.main(["--stage", "mae", "--config", file]) == 0 and len(sent) == 1
+
+
+def test_a_damaged_artifact_is_named_and_fresh_gets_past_it(
+    capsys: pytest.CaptureFixture[str], file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = plan(file, "mae")
+    publish_at(done.run_dir / "artifact")
+    (done.run_dir / "artifact" / "payload").write_bytes(b"longer")
+    code, line = call(capsys, "--stage", "mae", "--config", file)
+    assert code == 2 and "payload: missing or of another size" in line and "--fresh" in line
+
+    started: list[StagePlan] = []
+
+    def execute(pipeline: Any, stage: StagePlan, *_: Any) -> int:
+        started.append(stage)
+        return 0
+
+    monkeypatch.setattr(run_stage, "_execute", execute)
+    code, line = call(capsys, "--stage", "mae", "--config", file, "--fresh")
+    assert code == 0 and line.endswith(f"the old run was moved to {done.run_dir}.old-1")
+    assert started[0].state == "start" and started[0].run_dir == done.run_dir and not done.run_dir.exists()
+    assert (done.run_dir.with_name(f"{done.run_dir.name}.old-1") / "artifact" / "payload").is_file()
+
+
+def test_with_fresh_every_rank_starts_whoever_looks_first(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = plan(file, "mae")
+    publish_at(done.run_dir / "artifact")
+    started: list[StagePlan] = []
+    monkeypatch.setattr(run_stage, "_execute", lambda pipeline, stage, *_: started.append(stage) or 0)
+    monkeypatch.setenv("RANK", "1")
+    assert run_stage.main(["--stage", "mae", "--config", file, "--fresh"]) == 0
+    assert started[0].state == "start" and done.run_dir.exists()
+
+
+def test_missing_data_is_made_first_in_a_process_of_its_own(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def fake(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+        calls.append((command, env))
+        return subprocess.CompletedProcess(command, 75)
+
+    monkeypatch.setattr(run_stage, "subprocess", SimpleNamespace(run=fake))
+    for name in ("RANK", "MASTER_ADDR", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "0")
+    workspace = f"workspace={tmp_path / 'w'}"
+    pipeline = load_pipeline("demo", [workspace], KINDS)
+    with pytest.raises(VitruvianError, match="stage 'data' ended with exit code 75") as caught:
+        run_stage.run(pipeline, "mae", "demo", [workspace])
+    assert caught.value.exit_code == 75
+    [(command, env)] = calls
+    assert command[1:] == ["-m", "launchers.run_stage", "--stage", "data", "--config", "demo", workspace]
+    assert not {"RANK", "MASTER_ADDR", "WORLD_SIZE"} & env.keys()
+
+
+def test_the_script_itself_prints_one_line_without_a_traceback(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, str(SCRIPT), "--local_rank=0", "--stage", "mae", "sed=1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert found.returncode == 2 and found.stdout == ""
+    [line] = found.stderr.splitlines()
+    assert line.endswith("error: demo: sed: unknown key; did you mean 'seed'?")
+
+
+def test_help_teaches_by_examples_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_stage.main(["--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    for word in ("deepspeed launchers/run_stage.py --stage mae", "75 stopped on request", "key=value"):
+        assert word in out

@@ -1,0 +1,57 @@
+"""The memory formula against hand-made sums."""
+
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.memory import estimate, states
+from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+
+
+@pytest.mark.parametrize(("stage", "bytes_per_parameter"), [(0, 16.0), (1, 9.0), (2, 5.5), (3, 2.0)])
+def test_states_shrink_with_the_zero_stage(stage: int, bytes_per_parameter: float) -> None:
+    assert states(1000, 8, stage) == pytest.approx(1000 * bytes_per_parameter)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_alone_every_zero_stage_costs_the_same(stage: int) -> None:
+    assert states(1000, 1, stage) == 16_000
+
+
+POSE = PoseConfig(backbone=ViTConfig(size="micro", image_size=(64, 48), patch_size=16), decoder={"filters": 8})
+
+
+def test_a_pose_model_costs_states_blocks_and_decoder() -> None:
+    blocks = 2 * 4 * 12 * (8 * 32 + 2 * 128)  # depth x bytes x tokens x (8 width + 2 mlp)
+    decoder = 3 * 4 * 8 * (16 * 12) * 1.25
+    expected = 1.12 * (16 * 1000 + 5 * (blocks + decoder))
+    assert estimate(POSE, 1000, 5, 1, EngineConfig(zero_stage=0)) == pytest.approx(expected)
+
+
+def test_bf16_halves_activations_and_nothing_else() -> None:
+    full = estimate(POSE, 0, 4, 1, EngineConfig())
+    assert estimate(POSE, 0, 4, 1, EngineConfig(precision="bf16")) == pytest.approx(full / 2)
+    weights = estimate(POSE, 1000, 0, 1, EngineConfig())
+    assert estimate(POSE, 1000, 0, 1, EngineConfig(precision="bf16")) == weights
+
+
+def test_gradient_checkpointing_keeps_inputs_and_one_block() -> None:
+    backbone = ViTConfig(size="B")
+    saved = backbone.model_copy(update={"gradient_checkpointing": True})
+    block = 4 * 192 * (8 * 768 + 2 * 3072)
+    decoder = 3 * 4 * 256 * 64 * 48 * 1.25
+    plain = estimate(PoseConfig(backbone=backbone), 0, 1, 1, EngineConfig())
+    assert plain == pytest.approx(1.12 * (12 * block + decoder))
+    cheap = estimate(PoseConfig(backbone=saved), 0, 1, 1, EngineConfig())
+    assert cheap == pytest.approx(1.12 * (12 * 4 * 192 * 768 + block + decoder))
+
+
+def test_an_autoencoder_costs_its_visible_patches_and_a_decoder_over_all() -> None:
+    config = MAEConfig(
+        backbone=ViTConfig(size="micro", image_size=(64, 64), patch_size=16, patch_padding=0),
+        decoder_width=16,
+        decoder_depth=3,
+        decoder_heads=2,
+    )
+    encoder = 2 * 4 * (4 + 1) * (8 * 32 + 2 * 128)
+    decoder = 3 * 4 * (16 + 1) * (8 * 16 + 2 * 64)
+    assert estimate(config, 0, 1, 1, EngineConfig()) == pytest.approx(1.12 * (encoder + decoder))
