@@ -19,7 +19,7 @@ if __package__ in (None, ""):
 from launchers.console import setup_logging
 from pipeline import graph
 from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
-from pipeline.errors import EXIT_DONE, EXIT_FAILURE, ArtifactError, ConfigError, Stopped, VitruvianError
+from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan
 from pipeline.status import Status
 from pipeline.tracking import Tracker, download, sync, tracking_uri
@@ -81,7 +81,9 @@ def main(arguments: list[str] | None = None) -> int:
             return EXIT_DONE
         return run(pipeline, options.stage, options.config, options.overrides, fresh=options.fresh)
     except VitruvianError as error:
-        logger.error("%s: %s", "stopped" if isinstance(error, Stopped) else "error", error)
+        # A mistake in config or data is every rank's: one line is enough.
+        if rank() == 0 or error.exit_code != EXIT_USER:
+            logger.error("%s: %s", "stopped" if isinstance(error, Stopped) else "error", error)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_FAILURE
@@ -158,6 +160,8 @@ def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str
         plans = graph.plan(pipeline, [name], fresh=fresh)
         if plans[name].state != "waiting":
             return plans[name]
+        if _fetch_named(pipeline, plans):
+            continue
         graph.require_raw_data(plans[name])
         missing = next(stage for stage in plans.values() if stage.state != "done" and stage.name != name)
         prepares = type(missing.config).prepares
@@ -201,6 +205,28 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
     if found:
         logger.info("%s: fetched from MLflow at %s", stage.name, uri)
     return found
+
+
+def _fetch_named(pipeline: PipelineConfig, plans: dict[str, StagePlan]) -> bool:
+    """True if inputs name MLflow runs that this machine lacked. Rank 0 downloads them, the others wait.
+
+    Raises ArtifactError where one can't be had.
+    """
+    sources = [source for stage in plans.values() for source in stage.inputs.values() if source.digest is None]
+    runs = {run_id for source in sources if (run_id := graph.mlflow_run(source.reference))}
+    if rank() > 0:
+        time.sleep(bool(runs))
+        return bool(runs)
+    for run_id in sorted(runs):
+        uri = tracking_uri(pipeline)
+        if uri is None:
+            raise ArtifactError(f"mlflow:{run_id} is an input, but tracking.uri is null: say where MLflow is")
+        try:
+            download(uri, graph.fetched(pipeline, run_id), run_id=run_id)
+        except Exception as error:  # MLflow may raise anything
+            raise ArtifactError(f"mlflow:{run_id}: not to be had from {uri}: {str(error)[:160]}") from None
+        logger.info("mlflow:%s: fetched from %s", run_id, uri)
+    return bool(runs)
 
 
 def _set_aside(stage: StagePlan) -> None:

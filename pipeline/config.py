@@ -83,6 +83,10 @@ class StageConfig(Strict):
     description: str = Field("", exclude=False)
     """For people; shown in `vitruvian status`."""
 
+    def files(self) -> list[str]:
+        """Local files outside any artifact that change the result: their content is in the fingerprint."""
+        return []
+
     def references(self) -> dict[str, str]:
         """The inputs by label: names of stages, paths or URIs. Unset ones are left out."""
         inputs = getattr(self, "inputs", None)

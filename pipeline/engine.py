@@ -26,7 +26,8 @@ from torch import Tensor, nn  # noqa: E402
 
 from pipeline.config import EngineConfig  # noqa: E402
 from pipeline.distributed import World, rendezvous_alone  # noqa: E402
-from pipeline.errors import CheckpointError, ConfigError  # noqa: E402
+from pipeline.errors import CheckpointError  # noqa: E402
+from pipeline.recipe import split_batch  # noqa: E402
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Batch = Mapping[str, Any]
@@ -273,20 +274,6 @@ class Engine:
                 raise CheckpointError(f"the resume point's {name} has another shape than the model's {shape}")
 
 
-def split_batch(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
-    """Micro-batch per rank and accumulation: global = micro x accumulation x world. Raises ConfigError if it can't be."""
-    per_rank, rest = divmod(global_batch_size, world_size)
-    if rest or per_rank == 0:
-        raise ConfigError(f"global_batch_size {global_batch_size} does not divide over {world_size} processes")
-    micro = min(micro_batch_size or per_rank, per_rank)
-    if per_rank % micro:
-        raise ConfigError(
-            f"runtime.micro_batch_size {micro} does not divide the {per_rank} samples per process "
-            f"(global_batch_size {global_batch_size} over {world_size} processes)"
-        )
-    return micro, per_rank // micro
-
-
 def average_buffers(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Averages running statistics, weighted by the `samples_seen` buffer of the decoder they belong to.
 
@@ -332,6 +319,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def parameters_of(groups: Iterable[Mapping[str, Any]]) -> int:
     """Number of trained parameters."""
     return sum(parameter.numel() for group in groups for parameter in group["params"])
-
-
-__all__ = ["ConfigError", "Engine", "autocast", "average_buffers", "split_batch", "start_process_group"]

@@ -123,7 +123,9 @@ def plan(pipeline: PipelineConfig, only: list[str] | None = None, *, fresh: bool
 
 def _plan_stage(pipeline: PipelineConfig, name: str, plans: dict[str, StagePlan], fresh: bool) -> StagePlan:
     config = pipeline.stages[name]
-    inputs = {label: _input(config, label, reference, plans) for label, reference in config.references().items()}
+    inputs = {
+        label: _input(pipeline, config, label, reference, plans) for label, reference in config.references().items()
+    }
     definitions = {source.name: digest_of(_definition(source)) for source in _sources(config)}
     missing = [_awaited(source) for source in inputs.values() if source.digest is None]
     if missing:
@@ -135,6 +137,7 @@ def _plan_stage(pipeline: PipelineConfig, name: str, plans: dict[str, StagePlan]
         "seed": pipeline.seed,
         "precision": pipeline.engine.precision if type(config).distributed else None,
         "definitions": definitions,
+        "files": {path: sha256(Path(path)) for path in config.files() if Path(path).is_file()},
         "inputs": {label: source.digest for label, source in inputs.items()},
     }
     fingerprint = digest_of(identity)
@@ -184,14 +187,19 @@ def _awaited(source: Input) -> str:
     return source.reference
 
 
-def _input(config: StageConfig, label: str, reference: str, plans: dict[str, StagePlan]) -> Input:
+def _input(
+    pipeline: PipelineConfig, config: StageConfig, label: str, reference: str, plans: dict[str, StagePlan]
+) -> Input:
     if reference in plans:
         parent = plans[reference]
         if parent.state != "done":
             return Input(reference, None, None)
         artifact = parent.artifact
         return Input(reference, artifact.path, artifact.digest, artifact)
-    path = Path(reference).expanduser().absolute()
+    run_id = mlflow_run(reference)
+    path = fetched(pipeline, run_id) / "artifact" if run_id else Path(reference).expanduser().absolute()
+    if run_id and not path.is_dir():
+        return Input(reference, None, None, lacks=f"MLflow run {run_id} was not fetched yet")
     if (path / MANIFEST).is_file():
         artifact = read_artifact(path)
         return Input(reference, path, artifact.digest, artifact)
@@ -201,6 +209,16 @@ def _input(config: StageConfig, label: str, reference: str, plans: dict[str, Sta
     raise ArtifactError(
         f"stage kind {config.kind!r}: {reference!r} is neither an artifact ({MANIFEST}) nor a folder of raw data"
     )
+
+
+def mlflow_run(reference: str) -> str | None:
+    """The run that a reference such as `mlflow:RUN_ID` names; None for any other."""
+    return reference.removeprefix("mlflow:") if reference.startswith("mlflow:") else None
+
+
+def fetched(pipeline: PipelineConfig, run_id: str) -> Path:
+    """Where the artifact of an MLflow run is kept once it was downloaded."""
+    return pipeline.workspace.absolute() / "fetched" / run_id
 
 
 def _raw_data(reference: str, path: Path, sources: list[DatasetSource]) -> Input:

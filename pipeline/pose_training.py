@@ -103,11 +103,7 @@ class PoseSetup:
     def _evaluation(self) -> Evaluation | None:
         wanted = self.config.evaluation
         if wanted is None:
-            if self.config.keep == "best":
-                raise ConfigError("keep: best needs an evaluation")
             return None
-        if not self.context.has("data"):
-            raise ConfigError("evaluation needs inputs.data, the raw data to evaluate on")
         annotations = read(wanted.source, self.context.data_root())
         definition = annotations.definition
         if definition.name not in self.spec.datasets:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from pipeline.config import NotInFingerprint, StageConfig, Strict
 from pipeline.data.augmentation import PoseAugmentation
 from pipeline.data.definitions import DatasetSource
+from pipeline.errors import ConfigError
 from pipeline.models.config import PoseConfig
 
 
@@ -123,6 +124,20 @@ class TrainingConfig(StageConfig):
             return peak * self.schedule.factor(step, total_steps, steps_per_epoch) * group.get("lr_scale", 1.0)
 
         return rate
+
+
+def split_batch(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> tuple[int, int]:
+    """Micro-batch per rank and accumulation: global = micro x accumulation x world. Raises ConfigError if it can't be."""
+    per_rank, rest = divmod(global_batch_size, world_size)
+    if rest or per_rank == 0:
+        raise ConfigError(f"global_batch_size {global_batch_size} does not divide over {world_size} processes")
+    micro = min(micro_batch_size or per_rank, per_rank)
+    if per_rank % micro:
+        raise ConfigError(
+            f"runtime.micro_batch_size {micro} does not divide the {per_rank} samples per process "
+            f"(global_batch_size {global_batch_size} over {world_size} processes)"
+        )
+    return micro, per_rank // micro
 
 
 class PeriodicEvaluation(Strict):

@@ -29,8 +29,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 _FINAL_SYNC_SECONDS = 30.0
 _LINES_A_REQUEST = 50
-_UPLOAD_LIMIT = 2 << 30
-_NOT_UPLOADED = (".tar", ".jpg.raw")
+_UPLOAD_BYTES_PER_SECOND = 5e6
 
 
 class MetricsFile:
@@ -173,7 +172,8 @@ class Mirror:
             self._thread.join(_FINAL_SYNC_SECONDS)
         closing = threading.Thread(target=self._close, args=(status, artifact), daemon=True)
         closing.start()
-        closing.join(_FINAL_SYNC_SECONDS * 4)
+        size = sum(path.stat().st_size for path in _uploaded(artifact)) if artifact else 0
+        closing.join(_FINAL_SYNC_SECONDS * 4 + size / _UPLOAD_BYTES_PER_SECOND)
         if not self.is_complete(self._run_dir) and status == "FINISHED":
             logger.warning("MLflow at %s did not take everything; the same command sends the rest later", self._uri)
 
@@ -280,18 +280,20 @@ class Mirror:
             self._save_state()
 
     def _upload(self, artifact: Path) -> None:
-        """The artifact's files, except shards: those stay where they are, named by the manifest."""
-        for path in sorted(artifact.rglob("*")):
-            if path.is_file() and path.suffix not in _NOT_UPLOADED and path.stat().st_size < _UPLOAD_LIMIT:
-                if path.parts[len(artifact.parts)] in ("raw", "shards"):
-                    continue
-                folder = path.parent.relative_to(artifact).as_posix()
-                self._client.log_artifact(self.run_id, str(path), "artifact" if folder == "." else f"artifact/{folder}")
+        for path in _uploaded(artifact):
+            folder = path.parent.relative_to(artifact).as_posix()
+            self._client.log_artifact(self.run_id, str(path), "artifact" if folder == "." else f"artifact/{folder}")
 
     def _save_state(self, complete: bool = False) -> None:
         write_json(
             self._state_path, {"run_id": self.run_id, "uri": self._uri, "sent": self._sent, "complete": complete}
         )
+
+
+def _uploaded(artifact: Path) -> list[Path]:
+    """An artifact's files but for raw data and shards: those stay where they are, named by the manifest."""
+    files = (path for path in sorted(artifact.rglob("*")) if path.is_file())
+    return [path for path in files if path.relative_to(artifact).parts[0] not in ("raw", "shards")]
 
 
 def download(uri: str, destination: Path, *, run_id: str | None = None, fingerprint: str | None = None) -> bool:

@@ -42,6 +42,10 @@ class Config(StageConfig):
             raise ValueError("a URL needs the sha256 of what lies there")
         return self
 
+    def files(self) -> list[str]:
+        """The weights, where they lie on this machine."""
+        return [] if "://" in self.source else [self.source]
+
 
 def run(context: Context, config: Config) -> None:
     """Fetches, verifies, converts and publishes."""

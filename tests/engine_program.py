@@ -50,7 +50,9 @@ def main() -> None:
     }
     losses = []
     for step in range(6):
-        loss, _, _ = engine.train_step(iter([batch]), lambda group: 1e-3 * group["lr_scale"], lambda micro, step=step: step)
+        loss, _, _ = engine.train_step(
+            iter([batch]), lambda group: 1e-3 * group["lr_scale"], lambda micro, step=step: step
+        )
         total = loss.clone()
         torch.distributed.all_reduce(total)
         losses.append(float(total) / world.size)
