@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,40 +20,9 @@ from pipeline.errors import DataError, Stopped, VitruvianError
 from pipeline.files import read_json, staging, write_json
 from pipeline.status import Status
 from pipeline.tracking import Tracker, system_metrics
-
-if TYPE_CHECKING:
-    from pipeline.trainer import Trainer
+from pipeline.trainer import Hook, Trainer
 
 logger = logging.getLogger(__name__)
-
-
-class Hook:
-    """Does nothing; hooks override what they need."""
-
-    name = "hook"
-
-    def on_start(self, trainer: "Trainer") -> None:
-        """Before the first step of this process, after resuming."""
-
-    def after_step(self, trainer: "Trainer") -> None:
-        """After each optimizer step; `trainer.step` counts it already."""
-
-    def after_save(self, trainer: "Trainer") -> None:
-        """After a resume point was published."""
-
-    def on_end(self, trainer: "Trainer") -> None:
-        """After the last step."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain data for the resume point."""
-        return {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """This rank's tensors for the resume point."""
-        return {}
-
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Takes both back."""
 
 
 class LogMetrics(Hook):
@@ -67,12 +36,12 @@ class LogMetrics(Hook):
         self._started = time.monotonic()
         self._first_step = 0
 
-    def on_start(self, trainer: "Trainer") -> None:
+    def on_start(self, trainer: Trainer) -> None:
         self._started, self._first_step = time.monotonic(), trainer.step
         self.tracker.start(trainer.step)
         self.status.running(trainer.step, trainer.total_steps)
 
-    def after_step(self, trainer: "Trainer") -> None:
+    def after_step(self, trainer: Trainer) -> None:
         result = trainer.result
         assert result is not None
         if not math.isfinite(result.loss):
@@ -105,7 +74,7 @@ class LogMetrics(Hook):
         self.status.running(trainer.step, trainer.total_steps)
         logger.info("%s", self._line(trainer, metrics))
 
-    def _line(self, trainer: "Trainer", metrics: Mapping[str, float]) -> str:
+    def _line(self, trainer: Trainer, metrics: Mapping[str, float]) -> str:
         done = trainer.step - self._first_step
         left = (time.monotonic() - self._started) / done * (trainer.total_steps - trainer.step)
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
@@ -124,11 +93,11 @@ class SaveResumePoints(Hook):
     def __init__(self, every: int, status: Status) -> None:
         self.every, self.status = every, status
 
-    def after_step(self, trainer: "Trainer") -> None:
+    def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.every == 0 and trainer.step < trainer.total_steps:
             trainer.save()
 
-    def after_save(self, trainer: "Trainer") -> None:
+    def after_save(self, trainer: Trainer) -> None:
         self.status.saved(trainer.step)
 
 
@@ -146,7 +115,7 @@ class StopOnRequest(Hook):
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
 
-    def after_step(self, trainer: "Trainer") -> None:
+    def after_step(self, trainer: Trainer) -> None:
         asked = self._asked or (trainer.world.is_main and self.file.exists())
         if sum_over_ranks([float(asked)], trainer.world.device)[0] and trainer.step < trainer.total_steps:
             trainer.save()
@@ -164,7 +133,7 @@ class CountBadSamples(Hook):
         self.max_fraction = max_fraction
         self.bad, self.seen = 0, 0
 
-    def after_step(self, trainer: "Trainer") -> None:
+    def after_step(self, trainer: Trainer) -> None:
         result = trainer.result
         assert result is not None
         for name in result.bad_samples:
@@ -202,7 +171,7 @@ class Evaluate(Hook):
         self.folder = run_dir / "best"
         self.best: float | None = None
 
-    def after_step(self, trainer: "Trainer") -> None:
+    def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.every and trainer.step != trainer.total_steps:
             return
         with trainer.engine.evaluating() as module:
@@ -215,7 +184,7 @@ class Evaluate(Hook):
             self.best = metrics[self.metric]
             self._keep(trainer, metrics)
 
-    def _keep(self, trainer: "Trainer", metrics: Mapping[str, float]) -> None:
+    def _keep(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         weights, buffers = trainer.engine.weights(), trainer.engine.averaged_buffers()
         if trainer.world.is_main:
             with staging(self.folder) as folder:
@@ -244,11 +213,13 @@ class AverageWeights(Hook):
         self.decay = decay
         self.average: dict[str, Tensor] = {}
 
-    def on_start(self, trainer: "Trainer") -> None:
+    def on_start(self, trainer: Trainer) -> None:
         if not self.average:
             self.average = trainer.engine.weights()
+        if not trainer.world.is_main:  # a resume point gave it to every rank
+            self.average = {}
 
-    def after_step(self, trainer: "Trainer") -> None:
+    def after_step(self, trainer: Trainer) -> None:
         for name, value in trainer.engine.weights().items():
             self.average[name].lerp_(value, 1 - self.decay)
 

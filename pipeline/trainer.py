@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor
 from pipeline.checkpoint import ResumePoints, load_buffers, load_state, load_tensors
 from pipeline.distributed import World, sum_over_ranks
 from pipeline.engine import Batch, Engine, average_buffers, load_buffers_into
-from pipeline.hooks import Hook
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,35 @@ class StepResult:
     """Sum of the CRC-32 of the sample ids over all ranks: two runs that read the same samples agree."""
     seconds: float
     data_seconds: float
+
+
+class Hook:
+    """Does nothing; hooks override what they need."""
+
+    name = "hook"
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step of this process, after resuming."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """After each optimizer step; `trainer.step` counts it already."""
+
+    def after_save(self, trainer: "Trainer") -> None:
+        """After a resume point was published."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for the resume point."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's tensors for the resume point."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Takes both back."""
 
 
 class Trainer:

@@ -6,7 +6,7 @@ Reads shards, a pretrained backbone where one is given, and raw data where it ev
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Strict
 from pipeline.context import Context
@@ -31,7 +31,14 @@ class Config(PoseTrainingConfig):
     inputs: Inputs
     """Artifacts by role."""
     average_decay: float | None = Field(None, gt=0, lt=1)
-    """Publish an exponential moving average of the weights with this decay; not with ZeRO 3."""
+    """Publish an exponential moving average of the weights with this decay; not with ZeRO 3. The evaluation on the way
+    is of the weights themselves."""
+
+    @model_validator(mode="after")
+    def _one_choice_of_weights(self) -> "Config":
+        if self.average_decay is not None and self.keep == "best":
+            raise ValueError("average_decay publishes the average, keep: best the best weights: choose one")
+        return self
 
 
 def run(context: Context, config: Config) -> None:
