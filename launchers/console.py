@@ -26,6 +26,7 @@ def setup_logging(rank: int, run_dir: Path | None = None) -> None:
         handler.setFormatter(logging.Formatter(_FORMAT if rank == 0 else f"[rank {rank}] {_FORMAT}", "%H:%M:%S"))
         root.addHandler(handler)
     root.setLevel(logging.INFO)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for chatty in ("DeepSpeed", "alembic", "mlflow", "urllib3", "torch.distributed", "botocore", "fsspec"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 

@@ -6,6 +6,7 @@ Every function that communicates says that it is collective: all ranks must call
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,8 @@ def world_from_environment(runtime: RuntimeConfig) -> World:
     if runtime.device == "cuda" and not cuda:
         raise ConfigError("runtime.device: cuda was asked for, but torch finds no CUDA device; use runtime.device=cpu")
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // local_size))
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and warns
     # Moments of tiny gradients are denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
     if cuda:
@@ -54,6 +57,11 @@ def world_from_environment(runtime: RuntimeConfig) -> World:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return World(rank, local_rank, size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The compute precision of a run, for forwards outside the engine: a teacher, an evaluation."""
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def rendezvous_alone() -> None:

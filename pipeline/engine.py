@@ -4,17 +4,14 @@ The rest of the code sees named float32 tensors and one `train_step`. What DeepS
 0.19.8 on gloo; the surprises are noted where they matter.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -22,12 +19,12 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor, nn
 
-from pipeline.config import EngineConfig  # noqa: E402
-from pipeline.distributed import World, rendezvous_alone  # noqa: E402
-from pipeline.errors import CheckpointError  # noqa: E402
-from pipeline.recipe import split_batch  # noqa: E402
+from pipeline.config import EngineConfig
+from pipeline.distributed import World, autocast, rendezvous_alone
+from pipeline.errors import CheckpointError
+from pipeline.recipe import split_batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Batch = Mapping[str, Any]
@@ -38,11 +35,6 @@ def start_process_group(world: World) -> None:
     rendezvous_alone()
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """The compute precision of a run, for forwards outside the engine: a teacher, an evaluation."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 class Engine:
@@ -122,6 +114,11 @@ class Engine:
         """Of the last step, before clipping; nan where the engine does not keep it."""
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Whole float32 weights by name, as they lie on this rank's device, on every rank. Not with ZeRO 3."""
+        assert self.config.zero_stage < 3, "ZeRO 3 keeps no whole weights"
+        return {name: parameter.detach() for name, parameter in self._trained}
 
     def weights(self) -> dict[str, Tensor]:
         """Collective. Whole float32 weights by name, on the CPU; empty on ranks other than 0."""

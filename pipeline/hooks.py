@@ -205,7 +205,7 @@ class Evaluate(Hook):
 
 
 class AverageWeights(Hook):
-    """An exponential moving average of the weights (EMA), in float32 on rank 0."""
+    """An exponential moving average of the weights (EMA), in float32 on rank 0's device. Not with ZeRO 3."""
 
     name = "average"
 
@@ -214,17 +214,19 @@ class AverageWeights(Hook):
         self.average: dict[str, Tensor] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        if not self.average:
-            self.average = trainer.engine.weights()
-        if not trainer.world.is_main:  # a resume point gave it to every rank
-            self.average = {}
+        weights = trainer.engine.whole_weights()
+        start = self.average or weights  # a resume point gives it to every rank
+        kept = {name: start[name].to(value.device, copy=True) for name, value in weights.items()}
+        self.average = kept if trainer.world.is_main else {}
 
     def after_step(self, trainer: Trainer) -> None:
-        for name, value in trainer.engine.weights().items():
-            self.average[name].lerp_(value, 1 - self.decay)
+        if trainer.world.is_main:
+            weights = trainer.engine.whole_weights()
+            averages = list(self.average.values())
+            torch._foreach_lerp_(averages, [weights[name] for name in self.average], 1 - self.decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.average)
+        return {name: value.cpu().clone() for name, value in self.average.items()}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.average = {name: value.clone() for name, value in tensors.items()}
+        self.average = dict(tensors)

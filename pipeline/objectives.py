@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.codec import CodecConfig, encode
-from pipeline.engine import autocast
+from pipeline.distributed import autocast
 from pipeline.models.mae import MAE
 from pipeline.models.pose import PoseModel
 from pipeline.models.preprocessing import normalise

@@ -14,7 +14,7 @@ from pipeline.data.annotations import read
 from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection, open_shards
 from pipeline.data.loader import PoseView
-from pipeline.engine import autocast
+from pipeline.distributed import autocast
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score

@@ -14,6 +14,14 @@ from pipeline.artifacts import read_artifact
 from tests.chain.conftest import Copy
 from tests.chain.running import ROOT, TINY, environment, metrics, only_run, run_stage, succeeded, vitruvian
 
+GOLDEN_LOSSES = {
+    "mae": [1.28552, 1.12729, 0.959492, 0.979764],
+    "finetune": [0.00250458, 0.00343993, 0.00334918, 0.00307686],
+    "token": [0.00247479, 0.00343911, 0.00335035, 0.00309081],
+    "distill": [0.00251541, 0.00353182, 0.00337015, 0.00310549],
+}
+"""Steps 1, 6, 11 and 16 of the tiny chain, with the pinned packages on a CPU. They change when numerics do, and only then."""
+
 STAGES = ("data", "shards", "mae", "finetune", "token", "student_alone", "distill", "evaluate")
 
 
@@ -41,6 +49,12 @@ def test_the_autoencoder_learns(finished: Path) -> None:
     losses = [line["loss"] for line in metrics(only_run(finished, "mae"))]
     assert len(losses) == 20
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+@pytest.mark.parametrize("stage", GOLDEN_LOSSES)
+def test_losses_are_the_golden_ones(finished: Path, stage: str) -> None:
+    losses = [line["loss"] for line in metrics(only_run(finished, stage))]
+    assert losses[::5] == pytest.approx(GOLDEN_LOSSES[stage], rel=2e-3)
 
 
 def test_only_the_loss_terms_of_the_two_students_differ(finished: Path) -> None:
