@@ -29,7 +29,7 @@ clean:
 
 # A stamp is newer than what it was installed from; with the test extra the train extra is there too.
 $(BIN)/.train: pyproject.toml constraints.txt | $(BIN)/python
-	[ -e $(BIN)/.test ] || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
+	[ $(BIN)/.test -nt pyproject.toml -a $(BIN)/.test -nt constraints.txt ] || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train]'
 	touch $@
 
 $(BIN)/.test: pyproject.toml constraints.txt | $(BIN)/python

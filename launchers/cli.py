@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def run(
             logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
             continue
         command = _command(config, name, [pipeline, *(overrides or [])], fresh)
-        code = subprocess.run(command, env=_environment()).returncode
+        code = _wait_for(command, config)
         if code:
             if code == EXIT_STOPPED:
                 logger.error("stopped on request; the same command goes on")
@@ -153,16 +154,33 @@ def _command(config: PipelineConfig, name: str, arguments: list[str], fresh: boo
     processes = _processes(config) if type(config.stages[name]).distributed else 1
     if processes == 1:
         return [sys.executable, "-m", "launchers.run_stage", *script]
+    # The launcher ignores CUDA_VISIBLE_DEVICES where it is given a number.
+    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    some = visible and config.runtime.device != "cpu"
+    devices = ["--include", f"localhost:{','.join(visible[:processes])}"] if some else ["--num_gpus", str(processes)]
     launcher = [
         sys.executable,
         "-m",
         "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(processes),
+        *devices,
         "--master_addr",
         "127.0.0.1",
     ]
     return [*launcher, "--master_port", str(_free_port()), "--module", "launchers.run_stage", *script]
+
+
+def _wait_for(command: list[str], config: PipelineConfig) -> int:
+    """Runs a stage's process to its end, handing on what asks this one to stop."""
+    process = subprocess.Popen(command, env=_environment(config))
+    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:  # the terminal told the stage, too: it saves and leaves
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _processes(config: PipelineConfig) -> int:
@@ -175,9 +193,10 @@ def _processes(config: PipelineConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _environment() -> dict[str, str]:
+def _environment(config: PipelineConfig) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    cpu = {"DS_ACCELERATOR": "cpu"} if config.runtime.device == "cpu" else {}
+    return {**os.environ, **cpu, "PATH": path, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Runs one stage of a pipeline, under deepspeed, torchrun, srun or plain python.
+"""Runs one stage of a pipeline, under deepspeed, torchrun, srun (with MASTER_ADDR set) or plain python.
 
 deepspeed [--num_gpus N] launchers/run_stage.py --stage NAME [--config FILE] [key=value ...]
 """
@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,10 +19,12 @@ if __package__ in (None, ""):
 
 from launchers.console import setup_logging
 from pipeline import graph
+from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
+from pipeline.context import Context
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan
-from pipeline.status import Status
+from pipeline.status import Status, held
 from pipeline.tracking import Tracker, download, sync, tracking_uri
 from stages import KINDS, module_of
 
@@ -67,6 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     # Compilers of extensions are looked up on PATH; a virtual environment need not be activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    _take_slurm_ranks()
     setup_logging(rank())
     try:
         pipeline = load_pipeline(options.config, options.overrides, KINDS)
@@ -109,46 +113,50 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
 
 
 def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], distributed: bool) -> int:
-    from pipeline.context import Context
-    from pipeline.distributed import barrier, world_from_environment
+    """Runs a stage on this rank; rank 0 holds the run directory."""
+    from pipeline.distributed import leave_process_group, world_from_environment
 
     assert stage.run_dir is not None
     world = world_from_environment(pipeline.runtime)
-    main_rank = world.is_main
-    if main_rank:
-        graph.record_identity(stage)
-        (stage.run_dir / "STOP").unlink(missing_ok=True)
-    if distributed:
-        from pipeline.engine import start_process_group
-
-        start_process_group(world)
-    barrier()
     setup_logging(world.rank, stage.run_dir)
-    verb = "resumes" if stage.state == "resume" else "starts"
-    logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
-    status = Status(stage.run_dir, main_rank)
-    tracker = Tracker(
-        pipeline, stage.run_dir if main_rank else None, stage.name, tags, stage.parameters, stage.datasets
-    )
-    context = Context(pipeline, stage, world, tracker, status)
-    try:
-        if not distributed:
-            tracker.start(0)
-        module_of(stage.config.kind).run(context, stage.config)
-    except BaseException as error:
-        stopped = isinstance(error, Stopped)
-        code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
-        status.ended("stopped" if stopped else "failed", code, str(error))
-        tracker.finish("KILLED" if stopped else "FAILED")
-        if isinstance(error, VitruvianError):
-            raise
-        logger.exception("%s failed", stage.name)
-        return code
-    status.ended("done", EXIT_DONE)
-    tracker.finish("FINISHED", stage.run_dir / "artifact")
-    barrier()
-    logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
+    with held(stage.run_dir) if world.is_main else nullcontext():
+        if world.is_main:
+            graph.record_identity(stage)
+            (stage.run_dir / "STOP").unlink(missing_ok=True)
+        if distributed:
+            from pipeline.engine import start_process_group
+
+            start_process_group(world)
+        verb = "resumes" if stage.state == "resume" else "starts"
+        logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
+        status = Status(stage.run_dir, world.is_main)
+        where = stage.run_dir if world.is_main else None
+        tracker = Tracker(pipeline, where, stage.name, tags, stage.parameters, stage.datasets)
+        try:
+            if not distributed:
+                tracker.start(0)
+            module_of(stage.config.kind).run(Context(pipeline, stage, world, tracker, status), stage.config)
+        except BaseException as error:
+            return _ended_badly(stage, status, tracker, error)
+        leave_process_group()  # the others need not wait for rank 0's upload
+        status.ended("done", EXIT_DONE)
+        tracker.finish("FINISHED", stage.run_dir / "artifact")
+        logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
     return EXIT_DONE
+
+
+def _ended_badly(stage: StagePlan, status: Status, tracker: Tracker, error: BaseException) -> int:
+    """Records how a stage ended. Raises the user's errors again, logs the others with their traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        error = Stopped("interrupted; the same command goes on from the last resume point")
+    stopped = isinstance(error, Stopped)
+    code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
+    status.ended("stopped" if stopped else "failed", code, str(error))
+    tracker.finish("KILLED" if stopped else "FAILED")
+    if isinstance(error, VitruvianError):
+        raise error
+    logger.error("%s failed", stage.name, exc_info=error)
+    return code
 
 
 def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], fresh: bool) -> StagePlan:
@@ -168,7 +176,7 @@ def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str
         if rank() > 0:
             if not prepares and missing.state != "waiting":
                 time.sleep(5.0)  # rank 0 may be fetching it; where it gives up, the launcher ends this process
-            time.sleep(1.0)
+            time.sleep(2.0)
         elif prepares:
             logger.info("%s needs %s: making it first (%s)", name, missing.name, missing.reason)
             _run_alone(missing.name, config, overrides)
@@ -182,7 +190,8 @@ def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str
 
 def _run_alone(name: str, config: str, overrides: list[str]) -> None:
     """One stage in a process of its own, outside the launcher's world."""
-    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER_VARIABLES}
+    hidden = ("SLURM_STEP_ID", *_LAUNCHER_VARIABLES)
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
     command = [sys.executable, "-m", "launchers.run_stage", "--stage", name, "--config", config, *overrides]
     code = subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}).returncode
     if code:
@@ -202,6 +211,10 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("MLflow at %s has no help: %s", uri, reason[:160])
         return False
+    if found and read_artifact(stage.run_dir / "artifact").manifest.fingerprint != stage.fingerprint:
+        raise ArtifactError(
+            f"MLflow at {uri} gave another artifact for {stage.name!r} than the one that it is tagged as"
+        )
     if found:
         logger.info("%s: fetched from MLflow at %s", stage.name, uri)
     return found
@@ -238,6 +251,18 @@ def _set_aside(stage: StagePlan) -> None:
         logger.info("%s: the old run was moved to %s.old-%d", stage.name, stage.run_dir, count + 1)
 
 
+def _take_slurm_ranks() -> None:
+    """Under srun, which starts one task a process: its numbers are the ranks. MASTER_ADDR is the caller's to set."""
+    if (
+        "SLURM_STEP_ID" in os.environ
+        and "RANK" not in os.environ
+        and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    ):
+        names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+        os.environ |= {name: os.environ[slurm] for name, slurm in names.items()}
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+
+
 def rank() -> int:
     """Of this process, by the launcher's environment."""
     return int(os.environ.get("RANK", "0"))
@@ -248,12 +273,6 @@ def leave(code: int) -> NoReturn:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized() and code == EXIT_DONE:
-            dist.barrier()
-            dist.destroy_process_group()
     os._exit(code)
 
 

@@ -14,6 +14,7 @@ thing publish the same digest.
 """
 
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -166,7 +167,11 @@ def read_artifact(path: Path) -> Artifact:
 
 def environment() -> dict[str, str]:
     """What produced an artifact: versions, machine, commit."""
-    found = {"python": sys.version.split()[0], "platform": platform.platform(), "argv": " ".join(sys.argv)}
+    found = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "argv": _without_passwords(" ".join(sys.argv)),
+    }
     packages = ("torch", "deepspeed", "timm", "numpy", "opencv-python-headless", "pycocotools", "mlflow", "vitruvian")
     for package in packages:
         try:
@@ -175,6 +180,10 @@ def environment() -> dict[str, str]:
             continue
     commit = git_commit()
     return found | ({"git": commit} if commit else {})
+
+
+def _without_passwords(text: str) -> str:
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def git_commit() -> str | None:

@@ -5,7 +5,7 @@
     step-00000120/
         weights-00000.safetensors    float32 weights, both moments: whole tensors, spread over the ranks that wrote them
         buffers-00000.safetensors    each rank's own buffers (batch-norm statistics differ by rank)
-        state.json                   step, optimizer steps, data position, best metric, MLflow run
+        state.json                   step (which fixes the position in the data), what the hooks remember, world size
         manifest.json                sha256 and size of each file, written after all ranks finished
 ```
 A folder counts only if its manifest verifies. The newest that does is taken; falling back is said loudly, and where

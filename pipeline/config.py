@@ -108,7 +108,7 @@ class PipelineConfig(Strict):
     """What it is for: which paper row, which data, what was measured."""
     workspace: Path = Path("workspace")
     """Where runs live; relative to the current directory."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of initialisation, order, augmentation, masks and drop path."""
     engine: EngineConfig = EngineConfig()
     """Distribution and precision."""

@@ -41,22 +41,33 @@ def world_from_environment(runtime: RuntimeConfig) -> World:
     rank = int(os.environ.setdefault("RANK", "0"))
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     size = int(os.environ.setdefault("WORLD_SIZE", "1"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     cuda = torch.cuda.is_available() and runtime.device != "cpu"
     if runtime.device == "cuda" and not cuda:
         raise ConfigError("runtime.device: cuda was asked for, but torch finds no CUDA device; use runtime.device=cpu")
-    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // local_size))
+    torch.set_num_threads(runtime.threads or max(1, cores() // local_world_size(size)))
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and warns
     # Moments of tiny gradients are denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"local rank {local_rank}, but {torch.cuda.device_count()} GPUs: start fewer processes")
         torch.cuda.set_device(local_rank)
     if runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     return World(rank, local_rank, size, torch.device("cuda", local_rank) if cuda else torch.device("cpu"))
+
+
+def local_world_size(world_size: int) -> int:
+    """Ranks on this machine: torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -67,6 +78,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 def rendezvous_alone() -> None:
     """Lets a plain `python` form a process group of one, on a free loopback port."""
     if "MASTER_ADDR" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("several ranks, but MASTER_ADDR is not set: use a launcher, or set it and MASTER_PORT")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -102,3 +115,10 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def leave_process_group() -> None:
+    """Collective. Waits for all ranks and ends the group, where there is one."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()

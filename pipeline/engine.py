@@ -4,7 +4,7 @@ The rest of the code sees named float32 tensors and one `train_step`. What DeepS
 0.19.8 on gloo; the surprises are noted where they matter.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,6 +158,10 @@ class Engine:
                 self._write(parameter, tensors[f"{key or 'weight'}/{name}"].to(self.world.device), key)
         if self._trained:
             self._set_optimizer_steps(float(tensors[f"step/{self._trained[0][0]}"]))
+        if self.config.zero_stage == 3:
+            # Small parameters stay gathered, with the values from before: shard all and gather those again.
+            self._engine.optimizer.checkpoint_event_prologue()
+            self._engine.optimizer.checkpoint_event_epilogue()
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -181,15 +185,13 @@ class Engine:
         mine = {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
         if self.world.size == 1:
             return mine
-        shares = [mine]
         gathered: list[dict[str, Tensor]] = [dict(mine) for _ in range(self.world.size)]
         for name in sorted(mine):
             slots = [torch.empty_like(mine[name]) for _ in range(self.world.size)]
             dist.all_gather(slots, mine[name].contiguous())
             for share, slot in zip(gathered, slots, strict=True):
                 share[name] = slot
-        shares = gathered
-        return average_buffers(shares)
+        return average_buffers(gathered)
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         if self.config.zero_stage == 0:
@@ -311,8 +313,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) and key != "dataset" else value
         for key, value in batch.items()
     }
-
-
-def parameters_of(groups: Iterable[Mapping[str, Any]]) -> int:
-    """Number of trained parameters."""
-    return sum(parameter.numel() for group in groups for parameter in group["params"])

@@ -4,8 +4,10 @@ A stage's fingerprint is the digest of: the part of its config that changes the 
 digests of its inputs, and its kind's version. It names the run directory, so the same command always finds its run.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,7 +139,7 @@ def _plan_stage(pipeline: PipelineConfig, name: str, plans: dict[str, StagePlan]
         "seed": pipeline.seed,
         "precision": pipeline.engine.precision if type(config).distributed else None,
         "definitions": definitions,
-        "files": {path: sha256(Path(path)) for path in config.files() if Path(path).is_file()},
+        "files": {path: _file_digest(path) for path in config.files() if Path(path).is_file()},
         "inputs": {label: source.digest for label, source in inputs.items()},
     }
     fingerprint = digest_of(identity)
@@ -213,7 +215,11 @@ def _input(
 
 def mlflow_run(reference: str) -> str | None:
     """The run that a reference such as `mlflow:RUN_ID` names; None for any other."""
-    return reference.removeprefix("mlflow:") if reference.startswith("mlflow:") else None
+    if not reference.startswith("mlflow:"):
+        return None
+    if not re.fullmatch("mlflow:[0-9a-f]{32}", reference):
+        raise ConfigError(f"{reference!r}: expected mlflow: and the 32 characters of a run's id")
+    return reference.removeprefix("mlflow:")
 
 
 def fetched(pipeline: PipelineConfig, run_id: str) -> Path:
@@ -249,9 +255,20 @@ def _digest_of_raw_data(root: str, sources: list[DatasetSource]) -> str:
     for source in sources:
         files = resolve(source, root)
         named = {"annotations": files.annotations, "detections": files.detections, "truth": files.truth}
-        digests = {label: path if "://" in path else sha256(Path(path)) for label, path in named.items() if path}
+        digests = {label: path if "://" in path else _file_digest(path) for label, path in named.items() if path}
         parts.append([source.split, digests])
     return digest_of(parts)
+
+
+def _file_digest(path: str) -> str:
+    """sha256 of a file; a plan that is made again does not read an unchanged one again."""
+    stat = Path(path).stat()
+    return _sha256_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256_of(path: str, size: int, modified: int) -> str:
+    return sha256(Path(path))
 
 
 def _what_changed(run_dir: Path, identity: dict[str, Any]) -> str:

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.distributed import sum_over_ranks
+from pipeline.distributed import broadcast_object, sum_over_ranks
 from pipeline.errors import DataError, Stopped, VitruvianError
-from pipeline.files import read_json, staging, write_json
+from pipeline.files import staging, write_json
 from pipeline.status import Status
 from pipeline.tracking import Tracker, system_metrics
 from pipeline.trainer import Hook, Trainer
@@ -94,7 +94,8 @@ class SaveResumePoints(Hook):
         self.every, self.status = every, status
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.every == 0 and trainer.step < trainer.total_steps:
+        # The last step too: what fails while publishing costs no training.
+        if trainer.step % self.every == 0 or trainer.step == trainer.total_steps:
             trainer.save()
 
     def after_save(self, trainer: Trainer) -> None:
@@ -102,18 +103,19 @@ class SaveResumePoints(Hook):
 
 
 class StopOnRequest(Hook):
-    """SIGTERM, SIGUSR1 or a `STOP` file in the run directory, seen by any rank: all save together and leave."""
+    """SIGTERM, SIGUSR1, Ctrl-C or a `STOP` file in the run directory, seen by any rank: all save together and leave."""
 
     name = "stop"
 
     def __init__(self, run_dir: Path) -> None:
         self.file = run_dir / "STOP"
         self._asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: Any) -> None:
         self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def after_step(self, trainer: Trainer) -> None:
         asked = self._asked or (trainer.world.is_main and self.file.exists())
@@ -140,7 +142,7 @@ class CountBadSamples(Hook):
             logger.warning("sample left out: %s", name)
         self.bad += result.bad_count
         self.seen += trainer.engine.global_batch_size
-        if self.bad > max(1.0, self.max_fraction * max(self.seen, 1000)):
+        if self.bad > self.max_fraction * max(self.seen, 1000):
             raise DataError(
                 f"{self.bad} of {self.seen} samples can't be read, more than max_bad_fraction {self.max_fraction}; "
                 f"they are named above. Make the shards again, or raise max_bad_fraction."
@@ -175,7 +177,7 @@ class Evaluate(Hook):
         if trainer.step % self.every and trainer.step != trainer.total_steps:
             return
         with trainer.engine.evaluating() as module:
-            metrics = self.evaluate(module)
+            metrics = broadcast_object(self.evaluate(module))  # all ranks decide alike
         self.tracker.log("evaluation", trainer.step, metrics)
         if trainer.world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
@@ -199,10 +201,6 @@ class Evaluate(Hook):
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.best = state.get("best")
 
-    def best_step(self) -> int:
-        """The step whose weights are kept."""
-        return int(read_json(self.folder / "best.json")["step"])
-
 
 class AverageWeights(Hook):
     """An exponential moving average of the weights (EMA), in float32 on rank 0's device. Not with ZeRO 3."""
@@ -214,10 +212,12 @@ class AverageWeights(Hook):
         self.average: dict[str, Tensor] = {}
 
     def on_start(self, trainer: Trainer) -> None:
+        if not trainer.world.is_main:
+            self.average = {}  # a resume point gives it to every rank
+            return
         weights = trainer.engine.whole_weights()
-        start = self.average or weights  # a resume point gives it to every rank
-        kept = {name: start[name].to(value.device, copy=True) for name, value in weights.items()}
-        self.average = kept if trainer.world.is_main else {}
+        start = self.average or weights
+        self.average = {name: start[name].to(value.device, copy=True) for name, value in weights.items()}
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.world.is_main:

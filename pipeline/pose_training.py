@@ -18,7 +18,7 @@ from pipeline.distributed import autocast
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score
-from pipeline.models.loading import MAESpec, PoseSpec, load_pose, read_spec, read_tensors, save_model
+from pipeline.models.loading import MAESpec, PoseSpec, load_pose, load_strictly, read_spec, read_tensors, save_model
 from pipeline.models.mae import backbone_state
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
@@ -89,6 +89,9 @@ class PoseSetup:
 
     def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Writes the model artifact's files, after checking that the tensors fit the description."""
+        with torch.device("meta"):
+            expected = PoseModel(self.spec.config, self.spec.keypoints)
+        load_strictly(expected, tensors, "the trained model")
         save_model(folder, self.spec, tensors)
 
     def about(self) -> dict[str, Any]:
@@ -134,7 +137,8 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
         state, dropped = backbone_state(read_tensors(artifact))
         grid = spec.config.backbone.grid
     elif isinstance(spec, PoseSpec):
-        state, dropped = dict(load_pose(artifact)[0].backbone.state_dict()), []
+        source = load_pose(artifact)[0]
+        state, dropped = dict(source.backbone.state_dict()), _take_decoders(model, source, spec)
         grid = spec.config.backbone.grid
     else:
         raise ArtifactError(f"{artifact.path}: a {spec.model} can't initialise a pose model")
@@ -152,6 +156,19 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     )
 
 
+def _take_decoders(model: PoseModel, source: PoseModel, spec: PoseSpec) -> list[str]:
+    """Loads the decoders of the same name and shape. Returns the names of those that stay behind."""
+    left = []
+    for name, decoder in source.decoders.items():
+        own = dict(model.decoders.items()).get(name)
+        shapes = {key: value.shape for key, value in decoder.state_dict().items()}
+        if own is not None and {key: value.shape for key, value in own.state_dict().items()} == shapes:
+            own.load_state_dict(decoder.state_dict())
+        else:
+            left.append(name)
+    return left
+
+
 def require_compatible(student: PoseSpec, teacher: PoseSpec) -> None:
     """Refuses a teacher whose heatmaps mean something else. Raises ConfigError."""
     shared = [name for name in student.datasets if name in teacher.datasets]
@@ -160,10 +177,10 @@ def require_compatible(student: PoseSpec, teacher: PoseSpec) -> None:
     for name in shared:
         if student.datasets[name].keypoints != teacher.datasets[name].keypoints:
             raise ConfigError(f"dataset {name!r}: student and teacher have different keypoints")
-    if student.codec != teacher.codec:
-        differing = [
-            f"{key} {getattr(student.codec, key)} against {getattr(teacher.codec, key)}"
-            for key in type(student.codec).model_fields
-            if getattr(student.codec, key) != getattr(teacher.codec, key)
-        ]
+    differing = [
+        f"{key} {getattr(student.codec, key)} against {getattr(teacher.codec, key)}"
+        for key in ("input_size", "heatmap_size", "spread", "blur", "target")
+        if getattr(student.codec, key) != getattr(teacher.codec, key)
+    ]
+    if differing:
         raise ConfigError(f"student and teacher must share the codec; they differ in {', '.join(differing)}")

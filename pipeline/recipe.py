@@ -20,7 +20,7 @@ class Optimizer(Strict):
     """Peak learning rate for the global batch as it is."""
     base_lr: float | None = Field(None, gt=0)
     """Peak learning rate for a global batch of 256; scaled linearly (MAE, appendix A). Give this or `lr`."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
     weight_decay: float = Field(0.0, ge=0)
     """Not applied to biases, norms and position embeddings."""

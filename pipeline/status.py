@@ -1,11 +1,15 @@
 """The status file of a run directory: what people and scripts read, whatever exit code a launcher makes of it."""
 
+import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ConfigError
 from pipeline.files import read_json, write_json
 
 
@@ -35,6 +39,27 @@ class Status:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._content |= {**values, "updated": now}
             write_json(self._path, self._content)
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Holds a run directory: a second process on it is refused. The system frees a dead holder's lock.
+
+    Raises ConfigError that says who holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / "lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(
+                f"{run_dir}: is being run by {lock.read().strip() or 'another process'}; wait or stop it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -51,9 +51,6 @@ class Hook:
     def after_save(self, trainer: "Trainer") -> None:
         """After a resume point was published."""
 
-    def on_end(self, trainer: "Trainer") -> None:
-        """After the last step."""
-
     def state(self) -> dict[str, Any]:
         """Plain data for the resume point."""
         return {}
@@ -98,8 +95,6 @@ class Trainer:
             self.step += 1
             for hook in self.hooks:
                 hook.after_step(self)
-        for hook in self.hooks:
-            hook.on_end(self)
 
     def save(self) -> None:
         """Collective. Writes a resume point of the current step."""
@@ -131,7 +126,7 @@ class Trainer:
         return StepResult(mean, scalars, max(rates), bad, int(bad_count), checksum, seconds, batches.seconds)
 
     def _forward_seed(self, micro: int) -> int:
-        return (self.seed * 1_000_003 + self.step) * 65_537 + micro * self.world.size + self.world.rank
+        return ((self.seed * 1_000_003 + self.step) * 65_537 + micro * self.world.size + self.world.rank) % 2**63
 
     def _resume(self) -> Iterator[Batch]:
         """Takes up the newest resume point, if there is one; gives the stream of batches from there on."""

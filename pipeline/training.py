@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection
 from pipeline.data.loader import TrainSet, make_loader
 from pipeline.data.order import Order
-from pipeline.distributed import World
+from pipeline.distributed import World, cores, local_world_size
 from pipeline.engine import Batch, Engine, to_device
 from pipeline.errors import ConfigError
 from pipeline.hooks import AverageWeights, CountBadSamples, Evaluate, Hook, LogMetrics, SaveResumePoints, StopOnRequest
@@ -136,7 +135,7 @@ def train(
     if trainer.result is not None:
         metrics["final_loss"] = trainer.result.loss
     if evaluate is not None and evaluate.best is not None:
-        metrics[f"best_{evaluate.metric}"] = evaluate.best
+        metrics[f"best_{evaluate.metric}_on_the_way"] = evaluate.best
     return TrainingResult(state, metrics, order, collection, context.seed)
 
 
@@ -147,9 +146,8 @@ def loader_workers(asked: int | None, world: World) -> int:
     """
     if asked is not None:
         return asked
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     most = 8 if world.device.type == "cuda" else 1
-    return min(most, max(1, (os.cpu_count() or 1) // local_size))
+    return min(most, max(1, cores() // local_world_size(world.size)))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ class Inputs(Strict):
 
     data: str
     """Raw datasets: a stage that makes them, or a folder."""
-    models: dict[str, str] = Field(min_length=1)
+    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(min_length=1)
     """Pose models by the name that the table gives them."""
 
 
@@ -73,8 +73,10 @@ def run(context: Context, config: Config) -> None:
         bootstrap=config.bootstrap,
         seed=context.seed,
     )
+    names = [source.name for source in config.datasets]
     for source in config.datasets:
-        report.evaluate(source, config.boxes, config.compare)
+        label = source.name if names.count(source.name) == 1 else f"{source.name}-{source.split}"
+        report.evaluate(Path(label).stem, source, config.boxes, config.compare)
 
     def fill(staged: Path) -> None:
         write_json(staged / "table.json", report.table())

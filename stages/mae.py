@@ -45,6 +45,12 @@ class Config(TrainingConfig):
             raise ValueError(f"crop_scale {self.crop_scale} is not a range of shares between 0 and 1")
         return self
 
+    @model_validator(mode="after")
+    def _no_layer_decay(self) -> "Config":
+        if self.optimizer.layer_decay != 1:
+            raise ValueError("optimizer.layer_decay is of stages that train a pose model; leave it out here")
+        return self
+
 
 def run(context: Context, config: Config) -> None:
     """Collective. Trains to the end and publishes."""
@@ -71,10 +77,12 @@ def run(context: Context, config: Config) -> None:
 
     def fill(staged: Path) -> None:
         tensors = result.tensors("model.")
-        load_strictly(model.cpu(), tensors, "the trained autoencoder")
+        # Not the trained module: under ZeRO 3 it holds shards, and its forward is collective.
+        whole = MAE(config.model)
+        load_strictly(whole, tensors, "the trained autoencoder")
         save_model(staged, MAESpec(config=config.model), tensors)
         if config.pictures:
-            _draw(model.eval(), next(result.batches(view, config.pictures)), staged / "pictures")
+            _draw(whole.eval(), next(result.batches(view, config.pictures)), staged / "pictures")
 
     context.publish(fill, metrics=result.metrics, about=collection.about())
 

@@ -43,10 +43,10 @@ class Config(StageConfig):
     max_bad_fraction: Annotated[float, NotInFingerprint] = Field(0.01, ge=0, le=1)
     """Share of people whose image can't be read at which the stage stops."""
     output: str | None = None
-    """fsspec URL of a folder for the tars; unset: inside the artifact."""
-    measured_people: Annotated[int, NotInFingerprint] = Field(200, ge=0)
+    """fsspec URL of a folder for the tars, below which each fingerprint has its own; unset: inside the artifact."""
+    measured_people: int = Field(200, ge=0)
     """People on whom the share of lost pixels is measured, under this augmentation's windows."""
-    measured_augmentation: Annotated[PoseAugmentation, NotInFingerprint] = PoseAugmentation()
+    measured_augmentation: PoseAugmentation = PoseAugmentation()
     """Whose training windows are compared with the stored crops."""
 
     def sources(self) -> list[DatasetSource]:
@@ -70,7 +70,7 @@ def run(context: Context, config: Config) -> None:
         max_bad_fraction=config.max_bad_fraction,
         measured_people=config.measured_people,
         augmentation=config.measured_augmentation,
-        output=config.output,
+        output=f"{config.output.rstrip('/')}/{context.run_dir.name}" if config.output else None,
         workers=context.pipeline.runtime.workers or os.cpu_count() or 1,
     )
 

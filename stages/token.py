@@ -7,7 +7,7 @@ with it. The teacher's weights and batch-norm statistics are digested before and
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.config import Strict
 from pipeline.context import Context
@@ -37,6 +37,12 @@ class Config(TrainingConfig):
     measured_batches: int = Field(16, ge=1)
     """Batches, without augmentation, on which the loss before and after is measured."""
 
+    @model_validator(mode="after")
+    def _no_layer_decay(self) -> "Config":
+        if self.optimizer.layer_decay != 1:
+            raise ValueError("optimizer.layer_decay is of stages that train a pose model; leave it out here")
+        return self
+
 
 def run(context: Context, config: Config) -> None:
     """Collective. Fits the token and publishes it."""
@@ -44,7 +50,6 @@ def run(context: Context, config: Config) -> None:
 
     from pipeline.data.collection import open_shards
     from pipeline.data.loader import PoseView
-    from pipeline.errors import ArtifactError
     from pipeline.models.loading import TokenSpec, load_pose, save_model
     from pipeline.objectives import TokenObjective
     from pipeline.training import mean_loss, state_digest, train
@@ -63,8 +68,7 @@ def run(context: Context, config: Config) -> None:
     result = train(context, config, objective, groups, collection, view)
 
     token = result.tensors()["token"].to(context.world.device) if context.world.is_main else None
-    if state_digest(teacher.cpu()) != before:
-        raise ArtifactError("the teacher changed while the token was fitted; this is a bug, please report it")
+    assert state_digest(teacher.cpu()) == before, "the teacher changed while the token was fitted"
     metrics = dict(result.metrics)
     if token is not None:
         plain = PoseView(input_hw, collection.definitions, None)

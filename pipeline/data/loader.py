@@ -189,7 +189,7 @@ def make_loader(
         batch_sampler=_MicroSteps(start_step, steps, accumulation, division),
         num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),
         generator=torch.Generator(),  # else starting to load would draw from the global generator
         **options,
     )

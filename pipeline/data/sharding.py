@@ -6,6 +6,7 @@ the work; a killed run makes only the shards that have none.
 
 import hashlib
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pipeline.data.crops import CropConfig, crop_instance, lost_share, sample_me
 from pipeline.data.definitions import DatasetDefinition, DatasetSource
 from pipeline.data.images import decode_image, encode_jpeg, read_bytes
 from pipeline.data.instance import Instance
+from pipeline.data.shard_index import index_path
 from pipeline.data.shards import shard_name, write_shard
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
@@ -139,6 +141,9 @@ def make_shards(
         _run(pool, tasks)
     _sum_up(report, tasks)
     if report.unreadable > max_bad_fraction * len(people):
+        for task in tasks:  # the images may be repaired: the next run looks at them again
+            if read_json(task.report)["unreadable"]:
+                task.report.unlink()
         raise DataError(
             f"{report.unreadable} of {len(people)} people can't be read, more than max_bad_fraction {max_bad_fraction}; "
             f"they are named above"
@@ -172,7 +177,8 @@ def write_description(work: Path, staged: Path, report: ShardsReport) -> None:
     if "://" not in report.base:
         (staged / "shards").mkdir()
         for name in report.shards:
-            (work / "shards" / name).rename(staged / "shards" / name)
+            # A link, not a move: a run that is killed while it publishes still has them.
+            os.link(work / "shards" / name, staged / "shards" / name)
     description = ShardsDescription(
         base=report.base,
         shards=report.shards,
@@ -203,14 +209,26 @@ def _excluded_digests(pool: ProcessPoolExecutor, exclude: list[DatasetSource], r
 
 
 def _run(pool: ProcessPoolExecutor, tasks: list[_Task]) -> None:
-    missing = [task for task in tasks if not task.report.is_file()]
+    missing = [task for task in tasks if not _is_done(task)]
     if len(missing) < len(tasks):
         logger.info("%d of %d shards are there already", len(tasks) - len(missing), len(tasks))
     with progress("writing shards") as show:
         futures = [pool.submit(_make, task) for task in missing]
-        for done, future in enumerate(as_completed(futures), start=len(tasks) - len(missing) + 1):
-            future.result()
-            show(done, len(tasks))
+        try:
+            for done, future in enumerate(as_completed(futures), start=len(tasks) - len(missing) + 1):
+                future.result()
+                show(done, len(tasks))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _is_done(task: _Task) -> bool:
+    """True if the task left its report, and the shard that the report speaks of is there."""
+    if not task.report.is_file():
+        return False
+    local = "://" not in task.path
+    return not (local and read_json(task.report)["samples"] and not Path(index_path(task.path)).is_file())
 
 
 def _sum_up(report: ShardsReport, tasks: list[_Task]) -> None:
@@ -234,7 +252,8 @@ def _start_worker() -> None:
 def _digest(path: str) -> str | None:
     try:
         return hashlib.sha256(read_bytes(path)).hexdigest()
-    except OSError:
+    except DataError as error:
+        logger.warning("evaluation image: %s", error)
         return None
 
 
@@ -258,7 +277,7 @@ def _samples(task: _Task, content: dict[str, Any]) -> Iterator[tuple[str, bytes,
                 continue
             image = decode_image(data, where=instance.image, size=instance.image_size)
             crop = crop_instance(image, instance, task.crop)
-        except (DataError, OSError) as error:
+        except DataError as error:
             content["unreadable"].append(str(error))
             continue
         size = (image.shape[1], image.shape[0])

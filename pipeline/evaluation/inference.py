@@ -7,7 +7,6 @@ parameters are sharded runs the same number of forwards everywhere.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +87,10 @@ def predict(
         _Crops(padded, codec.input_size), batch_size=batch_size, num_workers=workers, collate_fn=_collate
     )
     flip_index = torch.from_numpy(definition.flip_index)
-    points = []
-    for images in loader:
+    points: list[Tensor] = []
+    faults: list[str] = []
+    for images, unread in loader:
+        faults += unread
         pixels = normalise(images.to(world.device, non_blocking=True))
         heatmaps = model(pixels, [name])[name].float()
         if flip:
@@ -98,7 +99,12 @@ def predict(
         points.append(decode(heatmaps, codec).cpu())
     found = torch.cat(points).double().numpy()[: len(mine)] if points else np.zeros((0, definition.num_keypoints, 3))
     predictions = [_to_image(request, one, codec) for request, one in zip(mine, found, strict=True)]
-    return [prediction for part in gather_objects(predictions) for prediction in part]
+    gathered = gather_objects((predictions, faults))
+    # Every rank went on to here with a blank image: all of them raise, none is left waiting.
+    for _, unread in gathered:
+        if unread:
+            raise DataError(unread[0])
+    return [prediction for part, _ in gathered for prediction in part]
 
 
 def ceiling(annotations: Annotations, codec: CodecConfig) -> list[Prediction]:
@@ -127,8 +133,8 @@ def _to_image(request: Request, points: np.ndarray, codec: CodecConfig) -> Predi
     return Prediction(request.image_id, request.instance_id, keypoints, request.window, request.box_score)
 
 
-class _Crops(Dataset[Tensor]):
-    """Upright crops (3, H, W) uint8 of requests."""
+class _Crops(Dataset[tuple[Tensor, str | None]]):
+    """Upright crops (3, H, W) uint8 of requests, and what is wrong with an image that can't be read."""
 
     def __init__(self, requests: Sequence[Request], input_hw: tuple[int, int]) -> None:
         self.requests, self.input_hw = requests, input_hw
@@ -136,25 +142,22 @@ class _Crops(Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.requests)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
         request = self.requests[index]
-        image = request.image
-        if isinstance(image, str):
-            image = _read(image, request.image_size)
+        try:
+            image = _read(request.image, request.image_size) if isinstance(request.image, str) else request.image
+        except DataError as error:
+            return torch.zeros((3, *self.input_hw), dtype=torch.uint8), str(error)
         x, y, width, height = request.window
         crop = warp(image, udp_matrix((x, y), (width, height), 0.0, self.input_hw), self.input_hw)
-        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1)))
+        return torch.from_numpy(np.ascontiguousarray(crop.transpose(2, 0, 1))), None
 
 
 @lru_cache(maxsize=2)
 def _read(path: str, size: tuple[int, int] | None) -> np.ndarray:
     """People of one image follow each other: it is decoded once."""
-    try:
-        data = read_bytes(path)
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror or error}") from None
-    return decode_image(data, where=path, size=size)
+    return decode_image(read_bytes(path), where=path, size=size)
 
 
-def _collate(crops: list[Any]) -> Tensor:
-    return torch.stack(crops)
+def _collate(crops: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str]]:
+    return torch.stack([crop for crop, _ in crops]), [fault for _, fault in crops if fault is not None]

@@ -49,24 +49,26 @@ class EvaluationReport:
     _kept: dict[tuple[str, str, str], tuple[Annotations, list[Prediction]]] = field(default_factory=dict)
     _loaded: dict[str, tuple[PoseModel, PoseSpec]] = field(default_factory=dict)
 
-    def evaluate(self, source: DatasetSource, boxes: Sequence[str], compare: Sequence[tuple[str, str]]) -> None:
-        """Every model that has a decoder for the split, with every kind of boxes that the split has."""
+    def evaluate(
+        self, label: str, source: DatasetSource, boxes: Sequence[str], compare: Sequence[tuple[str, str]]
+    ) -> None:
+        """Every model that has a decoder for the split, with every kind of boxes that it has; `label` names it."""
         annotations = read(source, self.root)
         definition = annotations.definition
         headline(definition)
         if definition.metric == "pckh" and annotations.files.truth is None:
-            self._notes.append(f"{definition.name}: no mpii_gt_val.mat; head sizes come from the head's two joints")
-        self._note_ceiling(annotations)
+            self._notes.append(f"{label}: no mpii_gt_val.mat; head sizes come from the head's two joints")
+        self._note_ceiling(label, annotations)
         for kind in boxes:
             if kind == "detector" and annotations.files.detections is None:
                 continue
             matches: dict[str, Matches] = {}
             for name in self.models:
-                found = self._evaluate_model(name, annotations, kind)
+                found = self._evaluate_model(name, label, annotations, kind)
                 if found is not None and found.matches is not None:
                     matches[name] = found.matches
             if self.bootstrap:
-                self._compare(matches, definition.name, kind, compare)
+                self._compare(matches, label, kind, compare)
 
     def table(self) -> dict[str, Any]:
         """Columns, rows and notes, as they are printed."""
@@ -79,16 +81,16 @@ class EvaluationReport:
                 sheet = _picture(annotations, predictions, people, self.seed)
                 (folder / "pictures").mkdir(exist_ok=True)
                 save_jpg(sheet, folder / "pictures" / f"{name}-{dataset}.jpg")
-            if kind == "detector" and dataset == "coco" and annotations.source.split == "val":
+            if kind == "detector" and annotations.definition.name == "coco" and annotations.source.split == "val":
                 results = coco_results(predictions, annotations.definition)
                 write_server_files(results, folder / "server", "val2017", re.sub("[^A-Za-z0-9]+", "-", name))
 
-    def _evaluate_model(self, name: str, annotations: Annotations, kind: str) -> Score | None:
+    def _evaluate_model(self, name: str, label: str, annotations: Annotations, kind: str) -> Score | None:
         model, spec = self._model(name)
         definition = annotations.definition
         decoder = decoder_for(spec, definition)
         if decoder is None:
-            self._notes.append(f"{name} has no decoder for {definition.name}: not evaluated on it")
+            self._notes.append(f"{name} has no decoder for {definition.name}: not evaluated on {label}")
             return None
         make = requests_from_detections if kind == "detector" else requests_from_ground_truth
         requests = make(annotations, spec.codec.input_size)
@@ -96,13 +98,13 @@ class EvaluationReport:
             model, definition, requests, spec.codec, flip=self.flip, batch_size=self.batch_size, decoder=decoder
         )
         found = score(annotations, predictions)
-        self._kept[name, definition.name, kind] = annotations, predictions
-        self._record(name, annotations, kind, found)
+        self._kept[name, label, kind] = annotations, predictions
+        self._record(name, label, annotations, kind, found)
         return found
 
-    def _record(self, name: str, annotations: Annotations, kind: str, found: Score) -> None:
+    def _record(self, name: str, label: str, annotations: Annotations, kind: str, found: Score) -> None:
         definition = annotations.definition
-        prefix = f"{name}/{definition.name}/{kind}"
+        prefix = f"{name}/{label}/{kind}"
         self.metrics |= {f"{prefix}/{metric}": value for metric, value in found.metrics.items()}
         interval = "-"
         if found.matches is not None and self.bootstrap:
@@ -113,8 +115,8 @@ class EvaluationReport:
         others = [_shown(found.metrics.get(key)) for key in ("AR", "AP50", "AP75")]
         people = str(len(annotations.instances))
         value = _shown(found.metrics[metric])
-        self._rows.append([name, definition.name, kind.replace("_", " "), people, metric, value, interval, *others])
-        logger.info("%s on %s, %s boxes: %s %s", name, definition.name, kind, metric, value)
+        self._rows.append([name, label, kind.replace("_", " "), people, metric, value, interval, *others])
+        logger.info("%s on %s, %s boxes: %s %s", name, label, kind, metric, value)
 
     def _compare(
         self, matches: Mapping[str, Matches], dataset: str, kind: str, pairs: Sequence[tuple[str, str]]
@@ -129,17 +131,17 @@ class EvaluationReport:
                 interval = f"95 % interval {low:+.1f} to {high:+.1f}"
                 self._notes.append(f"{first} minus {second} {where}: {difference:+.1f} AP, {interval}")
 
-    def _note_ceiling(self, annotations: Annotations) -> None:
+    def _note_ceiling(self, label: str, annotations: Annotations) -> None:
         """What the codec alone allows, once for each codec among the models."""
         definition = annotations.definition
         codecs = [spec.codec for _, spec in map(self._model, self.models) if decoder_for(spec, definition) is not None]
         for codec in [codec for place, codec in enumerate(codecs) if codec not in codecs[:place]]:
             metric = headline(definition)
             best = score(annotations, ceiling(annotations, codec)).metrics[metric]
-            self.metrics[f"codec_ceiling/{definition.name}/ground_truth/{metric}"] = best
+            self.metrics[f"codec_ceiling/{label}/ground_truth/{metric}"] = best
             height, width = codec.heatmap_size
             self._notes.append(
-                f"{definition.name}: perfect {height}x{width} heatmaps give {metric} {best:.1f} (the codec's ceiling)"
+                f"{label}: perfect {height}x{width} heatmaps give {metric} {best:.1f} (the codec's ceiling)"
             )
 
     def _model(self, name: str) -> tuple[PoseModel, PoseSpec]:

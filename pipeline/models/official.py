@@ -60,7 +60,7 @@ def read_mae(path: Path, config: MAEConfig) -> tuple[dict[str, Tensor], list[str
     faults += [
         f"{name} {tuple(value.shape)} instead of {tuple(expected[name])}"
         for name, value in tensors.items()
-        if name in expected and value.shape != expected[name] and name != "pos_embed"
+        if name in expected and value.shape != expected[name]
     ]
     if faults:
         raise ArtifactError(

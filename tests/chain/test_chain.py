@@ -146,7 +146,7 @@ def test_predict_writes_keypoints_and_a_picture(finished: Path, tmp_path: Path) 
     assert found == json.loads((out / "keypoints.json").read_text())
     assert np.array(found["images"][images[0].name][1]["keypoints"]).shape == (17, 3)
     assert found["images"][images[1].name] == []
-    assert (out / f"{images[0].stem}.jpg").is_file()
+    assert (out / f"{images[0].stem}-keypoints.jpg").is_file()
 
 
 def test_using_a_model_imports_neither_deepspeed_nor_mlflow(finished: Path) -> None:
