@@ -89,8 +89,6 @@ def run(context: Context, config: Config) -> None:
 
 def _draw(model: "torch.nn.Module", batch: dict, folder: Path) -> None:  # noqa: F821
     """Image, what the encoder saw, and the reconstruction, side by side."""
-    import numpy as np
-
     from pipeline.evaluation.pictures import contact_sheet, save_jpg
     from pipeline.models.preprocessing import denormalise, normalise
 
@@ -100,6 +98,11 @@ def _draw(model: "torch.nn.Module", batch: dict, folder: Path) -> None:  # noqa:
         denormalise(model.masked(images, batch["noise"])),
         denormalise(model.reconstruct(images, batch["noise"])),
     ]
-    cells = [np.ascontiguousarray(row[i].permute(1, 2, 0).numpy()) for i in range(len(images)) for row in rows]
+    enlarge = max(1, 192 // images.shape[2])
+    cells = [
+        row[i].permute(1, 2, 0).numpy().repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+        for i in range(len(images))
+        for row in rows
+    ]
     folder.mkdir()
     save_jpg(contact_sheet(cells, columns=6), folder / "reconstructions.jpg")
