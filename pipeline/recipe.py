@@ -81,6 +81,8 @@ class TrainingConfig(StageConfig):
     """What every training stage's section has."""
 
     distributed: ClassVar[bool] = True
+    layered: ClassVar[bool] = False
+    """True for kinds that know which layer a parameter is of."""
 
     steps: int | None = Field(None, ge=1)
     """Length in optimizer steps; give this or `epochs`."""
@@ -101,6 +103,12 @@ class TrainingConfig(StageConfig):
     def _one_length(self) -> "TrainingConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _layer_decay_needs_layers(self) -> "TrainingConfig":
+        if self.optimizer.layer_decay != 1 and not self.layered:
+            raise ValueError("optimizer.layer_decay is of stages that train a pose model; leave it out here")
         return self
 
     def total_steps(self, samples_per_epoch: int) -> int:
@@ -153,6 +161,8 @@ class PeriodicEvaluation(Strict):
 
 class PoseTrainingConfig(TrainingConfig):
     """What stages that train a pose model on shards share."""
+
+    layered: ClassVar[bool] = True
 
     model: PoseConfig
     """Backbone and decoders."""

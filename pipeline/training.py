@@ -100,25 +100,9 @@ def train(
         StopOnRequest(context.run_dir),
     ]
     data = TrainSet(collection.shards, order, view, context.seed)
-    workers = loader_workers(context.pipeline.runtime.workers, world)
-
-    def batches(start_step: int) -> Iterator[Batch]:
-        loader = make_loader(
-            data,
-            start_step=start_step,
-            steps=total - start_step + 1,
-            global_batch=config.global_batch_size,
-            micro_batch=engine.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            accumulation=engine.accumulation,
-            workers=workers,
-        )
-        return iter(loader)
-
     trainer = Trainer(
         engine,
-        batches,
+        _stream(engine, data, total, context.pipeline.runtime.workers),
         config.learning_rate(total, order.epoch_length),
         total_steps=total,
         seed=context.seed,
@@ -137,6 +121,27 @@ def train(
     if evaluate is not None and evaluate.best is not None:
         metrics[f"best_{evaluate.metric}_on_the_way"] = evaluate.best
     return TrainingResult(state, metrics, order, collection, context.seed)
+
+
+def _stream(engine: Engine, data: TrainSet, total: int, workers: int | None) -> Callable[[int], Iterator[Batch]]:
+    """This rank's micro-batches from a step on, to the last step."""
+    world = engine.world
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        loader = make_loader(
+            data,
+            start_step=start_step,
+            steps=total - start_step + 1,  # one to spare: resuming after the last step still takes a batch
+            global_batch=engine.global_batch_size,
+            micro_batch=engine.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            accumulation=engine.accumulation,
+            workers=loader_workers(workers, world),
+        )
+        return iter(loader)
+
+    return batches
 
 
 def loader_workers(asked: int | None, world: World) -> int:

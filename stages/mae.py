@@ -45,12 +45,6 @@ class Config(TrainingConfig):
             raise ValueError(f"crop_scale {self.crop_scale} is not a range of shares between 0 and 1")
         return self
 
-    @model_validator(mode="after")
-    def _no_layer_decay(self) -> "Config":
-        if self.optimizer.layer_decay != 1:
-            raise ValueError("optimizer.layer_decay is of stages that train a pose model; leave it out here")
-        return self
-
 
 def run(context: Context, config: Config) -> None:
     """Collective. Trains to the end and publishes."""

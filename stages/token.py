@@ -7,7 +7,7 @@ with it. The teacher's weights and batch-norm statistics are digested before and
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.config import Strict
 from pipeline.context import Context
@@ -36,12 +36,6 @@ class Config(TrainingConfig):
     """Of windows; the teacher's own unless changed."""
     measured_batches: int = Field(16, ge=1)
     """Batches, without augmentation, on which the loss before and after is measured."""
-
-    @model_validator(mode="after")
-    def _no_layer_decay(self) -> "Config":
-        if self.optimizer.layer_decay != 1:
-            raise ValueError("optimizer.layer_decay is of stages that train a pose model; leave it out here")
-        return self
 
 
 def run(context: Context, config: Config) -> None:
