@@ -28,6 +28,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 _FINAL_SYNC_SECONDS = 30.0
+_STOPPED_SYNC_SECONDS = 1.0
 _LINES_A_REQUEST = 50
 _UPLOAD_BYTES_PER_SECOND = 5e6
 
@@ -168,12 +169,14 @@ class Mirror:
     def finish(self, status: str, artifact: Path | None) -> None:
         """Stops the thread, then sends the rest within a bound; failing that, the next run of the stage does."""
         self._stop.set()
+        # Who was asked to stop, stops: the next run of the stage sends what is left.
+        patience = _FINAL_SYNC_SECONDS if status == "FINISHED" else _STOPPED_SYNC_SECONDS
         if self._thread:
-            self._thread.join(_FINAL_SYNC_SECONDS)
+            self._thread.join(patience)
         closing = threading.Thread(target=self._close, args=(status, artifact), daemon=True)
         closing.start()
         size = sum(path.stat().st_size for path in _uploaded(artifact)) if artifact else 0
-        closing.join(_FINAL_SYNC_SECONDS * 4 + size / _UPLOAD_BYTES_PER_SECOND)
+        closing.join(patience * 4 + size / _UPLOAD_BYTES_PER_SECOND)
         if not self.is_complete(self._run_dir) and status == "FINISHED":
             logger.warning("MLflow at %s did not take everything; the same command sends the rest later", self._uri)
 

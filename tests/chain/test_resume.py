@@ -1,14 +1,30 @@
 """Killed with -9 at a random step under the deepspeed launcher with two ranks, the same command goes on bit for bit."""
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.artifacts import read_artifact
+from pipeline.status import held
 from tests.chain.conftest import Copy
-from tests.chain.running import TINY, kill_when, last_step, metrics, only_run, run_stage, succeeded
+from tests.chain.running import (
+    ROOT,
+    TINY,
+    deepspeed_command,
+    environment,
+    kill_when,
+    last_step,
+    metrics,
+    only_run,
+    run_stage,
+    succeeded,
+)
 
 TRAINING = ("mae", "finetune", "token", "distill")
 
@@ -51,6 +67,26 @@ def test_a_killed_stage_ends_like_one_never_killed(without: Copy, stage: str, tm
     assert read_artifact(resumed / "artifact").digest == expected[2]
 
 
+def test_a_stage_killed_while_it_publishes_loses_no_training(without: Copy) -> None:
+    workspace = without()
+    run_dir = only_run(workspace, "finetune")
+    digest = read_artifact(run_dir / "artifact").digest
+    shutil.rmtree(run_dir / "artifact")
+    done = succeeded(run_stage(1, *_arguments(workspace, "finetune")))
+    assert "resumes, resume point of step 20" in done.stderr
+    assert read_artifact(run_dir / "artifact").digest == digest
+
+
+def test_a_second_process_on_a_run_directory_is_refused(without: Copy) -> None:
+    workspace = without()
+    run_dir = only_run(workspace, "mae")
+    shutil.rmtree(run_dir / "artifact")
+    with held(run_dir):
+        done = run_stage(1, *_arguments(workspace, "mae"))
+    assert done.returncode == 2
+    assert f"is being run by process {os.getpid()}" in done.stderr
+
+
 def test_killed_shards_go_on_where_they_were(without: Copy) -> None:
     workspace = without("shards")
     expected = None
@@ -87,10 +123,6 @@ def test_a_run_goes_on_with_another_zero_stage_and_another_number_of_ranks(witho
 
 
 def test_a_stop_file_saves_and_leaves_with_75_and_the_same_command_goes_on(without: Copy) -> None:
-    import subprocess
-
-    from tests.chain.running import ROOT, deepspeed_command, environment
-
     workspace = without("mae")
     command = _arguments(workspace, "mae", "stages.mae.steps=400", "stages.mae.save_every=400")
     process = subprocess.Popen(
@@ -98,9 +130,10 @@ def test_a_stop_file_saves_and_leaves_with_75_and_the_same_command_goes_on(witho
     )
     while last_step(workspace, "mae") < 3:
         assert process.poll() is None
+        time.sleep(0.05)
     run_dir = only_run(workspace, "mae")
     (run_dir / "STOP").touch()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 75
     status = json.loads((run_dir / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 75)

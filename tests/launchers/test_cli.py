@@ -2,11 +2,9 @@
 
 import json
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -175,15 +173,15 @@ def started(monkeypatch: pytest.MonkeyPatch, pair: list[str], code: int = 0) -> 
     """The stages whose processes are started from now on; each ends at once with `code`, finished if that is 0."""
     names: list[str] = []
 
-    def fake(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[bytes]:
+    def fake(command: list[str], config: PipelineConfig) -> int:
         name = command[command.index("--stage") + 1]
         names.append(name)
         run_dir = graph.plan(load_pipeline(pair[1], pair[2:3], KINDS))[name].run_dir
         if not code and not (run_dir / "artifact").exists():
             finish(run_dir, {"columns": ["model", "AP"], "rows": [["teacher", "71.0"]], "notes": ["a note"]})
-        return subprocess.CompletedProcess(command, code)
+        return code
 
-    monkeypatch.setattr(cli, "subprocess", SimpleNamespace(run=fake))
+    monkeypatch.setattr(cli, "_wait_for", fake)
     return names
 
 

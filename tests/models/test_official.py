@@ -138,10 +138,10 @@ def test_missing_surplus_and_misshapen_tensors_are_named(tmp_path: Path) -> None
     assert "blocks.0.attn.qkv.weight (96, 31) instead of (96, 32)" in message and "(3 in all)" in message
 
 
-def test_positions_of_another_grid_are_left_to_the_one_who_takes_them(tmp_path: Path) -> None:
+def test_positions_of_another_grid_are_refused(tmp_path: Path) -> None:
     state = weights() | {"pos_embed": torch.ones(1, 50, 32)}
-    tensors, _ = read_mae(pth(tmp_path / "x.pth", state), config())
-    assert tensors["pos_embed"].shape == (1, 50, 32)
+    with pytest.raises(ArtifactError, match=r"pos_embed \(1, 50, 32\) instead of \(1, 17, 32\)"):
+        read_mae(pth(tmp_path / "x.pth", state), config())
 
 
 def test_a_patch_of_14_gets_zeros_on_all_sides(tmp_path: Path) -> None:
