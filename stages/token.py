@@ -4,6 +4,7 @@ Reads shards and a pose model. Writes the token, which names its teacher by dige
 with it. The teacher's weights and batch-norm statistics are digested before and after: nothing but the token changes.
 """
 
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +67,7 @@ def run(context: Context, config: Config) -> None:
     metrics = dict(result.metrics)
     if token is not None:
         plain = PoseView(input_hw, collection.definitions, None)
-        batches = [batch for batch, _ in zip(result.batches(plain), range(config.measured_batches), strict=False)]
+        batches = list(islice(result.batches(plain), config.measured_batches))
         teacher.to(context.world.device)
         metrics["teacher_loss_without_token"] = mean_loss(teacher, None, spec.codec, collection.names, batches)
         metrics["teacher_loss_with_token"] = mean_loss(teacher, token, spec.codec, collection.names, batches)
