@@ -15,7 +15,8 @@ import typer
 
 from launchers.console import setup_logging, table
 from pipeline import graph
-from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
+from pipeline.config import PipelineConfig
+from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
 from pipeline.files import read_json
 from pipeline.graph import StagePlan

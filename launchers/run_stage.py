@@ -20,7 +20,8 @@ if __package__ in (None, ""):
 from launchers.console import setup_logging
 from pipeline import graph
 from pipeline.artifacts import read_artifact
-from pipeline.config import PipelineConfig, did_you_mean, load_pipeline
+from pipeline.config import PipelineConfig
+from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.context import Context
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import PipelineConfig, did_you_mean, fingerprint_view, load_pipeline, read_yaml, shipped_presets
+from pipeline.config import PipelineConfig, fingerprint_view
+from pipeline.config_file import did_you_mean, load_pipeline, read_yaml, shipped_presets
 from pipeline.errors import ConfigError
 from stages import KINDS
 

@@ -14,7 +14,7 @@ import yaml
 from launchers.cli import app
 from launchers.run_stage import parser
 from pipeline import graph
-from pipeline.config import load_pipeline, shipped_presets
+from pipeline.config_file import load_pipeline, shipped_presets
 from pipeline.data.definitions import load_definition
 from stages import KINDS
 

@@ -13,7 +13,8 @@ import yaml
 
 from pipeline import graph
 from pipeline.artifacts import publish
-from pipeline.config import PipelineConfig, load_pipeline
+from pipeline.config import PipelineConfig
+from pipeline.config_file import load_pipeline
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.files import read_json
@@ -296,7 +297,7 @@ def test_planning_imports_no_torch_no_mlflow_and_no_deepspeed(tmp_path: Path) ->
         import sys
         import launchers.cli, launchers.run_stage
         from pipeline import graph
-        from pipeline.config import load_pipeline
+        from pipeline.config_file import load_pipeline
         from stages import KINDS
         demo = load_pipeline("demo", ["workspace={tmp_path / "none"}"], KINDS)
         assert len(graph.plan(demo)) == 8

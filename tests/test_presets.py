@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from launchers import run_stage
 from launchers.cli import app
 from pipeline import graph
-from pipeline.config import PipelineConfig, load_pipeline, shipped_presets
+from pipeline.config import PipelineConfig
+from pipeline.config_file import load_pipeline, shipped_presets
 from pipeline.data.definitions import DatasetSource, load_definition
 from pipeline.errors import DataError
 from pipeline.models.config import PoseConfig

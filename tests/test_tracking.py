@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import Artifact, publish, read_artifact
-from pipeline.config import PipelineConfig, load_pipeline
+from pipeline.config import PipelineConfig
+from pipeline.config_file import load_pipeline
 from pipeline.files import read_json
 from pipeline.tracking import MetricsFile, Mirror, Tracker, download, is_synced, sync, tracking_uri
 from stages import KINDS

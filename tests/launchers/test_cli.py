@@ -13,7 +13,8 @@ import yaml
 from launchers import cli, console
 from pipeline import graph
 from pipeline.artifacts import publish
-from pipeline.config import PipelineConfig, load_pipeline
+from pipeline.config import PipelineConfig
+from pipeline.config_file import load_pipeline
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.status import Status

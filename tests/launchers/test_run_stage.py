@@ -15,7 +15,7 @@ import yaml
 from launchers import run_stage
 from pipeline import graph
 from pipeline.artifacts import publish
-from pipeline.config import load_pipeline
+from pipeline.config_file import load_pipeline
 from pipeline.errors import VitruvianError
 from pipeline.graph import StagePlan
 from stages import KINDS

@@ -1,0 +1,206 @@
+"""A pipeline file read: one YAML file (with at most one base), dotted overrides, one line per mistake.
+
+The order is: the base, the file, the overrides, then validation. Nothing is guessed: an unknown key is an error that
+names the closest known one.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.config import PipelineConfig, StageConfig
+from pipeline.errors import ConfigError
+
+
+def load_pipeline(
+    source: str | Path, overrides: Sequence[str], kinds: Mapping[str, type[StageConfig]]
+) -> PipelineConfig:
+    """Reads a pipeline: a YAML file's path or the name of a shipped preset, with `key=value` overrides.
+
+    Raises ConfigError with one line per mistake: where, what was found, what was expected.
+    """
+    raw = _with_base(source)
+    for override in overrides:
+        _apply_override(raw, override)
+    stages = raw.get("stages")
+    mistakes: list[str] = []
+    if isinstance(stages, dict):
+        stages = {name: section for name, section in stages.items() if section is not None}
+        known = [str(name) for name, section in stages.items() if isinstance(section, dict) and "kind" in section]
+        validated = {name: _stage(str(name), section, kinds, known, mistakes) for name, section in stages.items()}
+        raw = {**raw, "stages": validated}
+    try:
+        pipeline = PipelineConfig.model_validate(raw)
+    except ValidationError as error:
+        mistakes = explain(error, PipelineConfig, "") + mistakes
+    if mistakes:
+        raise ConfigError(f"{source}: " + "\n  ".join(mistakes))
+    _check_references(str(source), pipeline)
+    return pipeline
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, by safe_load. Raises ConfigError for anything else."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top, found {type(content).__name__}")
+    return content
+
+
+def shipped_presets() -> list[str]:
+    """Names of the pipelines that the package ships."""
+    folder = resources.files("configs") / "pipelines"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
+    """One line per mistake in a pydantic error: where, what is wrong, the value, the closest known key."""
+    lines = []
+    for item in error.errors():
+        where = ".".join([prefix] * bool(prefix) + [str(part) for part in item["loc"]]) or "(top)"
+        if item["type"] == "extra_forbidden":
+            known = sorted(_fields_at(model, item["loc"][:-1]))
+            lines.append(f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            found = "" if isinstance(item["input"], (dict, list)) else f", found {item['input']!r}"
+            lines.append(f"{where}: {message[0].lower() + message[1:]}{found}")
+    return lines
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?`, or the known words where none is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _with_base(source: str | Path) -> dict[str, Any]:
+    path = _pipeline_path(str(source))
+    raw = read_yaml(path)
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    base_path = _pipeline_path(str(base), beside=path.parent)
+    base_raw = read_yaml(base_path)
+    if "base" in base_raw:
+        raise ConfigError(f"{path}: its base {base_path} has a base itself; one level is the limit")
+    return _merge(base_raw, raw)
+
+
+def _pipeline_path(name: str, beside: Path | None = None) -> Path:
+    for candidate in ([beside / name] if beside else []) + [Path(name)]:
+        if candidate.is_file():
+            return candidate
+    preset = resources.files("configs") / "pipelines" / f"{name}.yaml"
+    if "/" not in name and preset.is_file():
+        return Path(str(preset))
+    raise ConfigError(
+        f"no pipeline {name!r}: neither a file nor a shipped preset{did_you_mean(name, shipped_presets())}"
+    )
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key or not all(key.split(".")):
+        raise ConfigError(f"override {override!r}: expected key=value with a dotted key, such as stages.mae.steps=100")
+    try:
+        value = _value(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    *parents, last = key.split(".")
+    section = raw
+    for part in parents:
+        inner = section.get(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {part!r} is not a section")
+        # A copy: sections that share one YAML anchor are one object, and only this one is meant.
+        section[part] = dict(inner)
+        section = section[part]
+    section.pop(_EXCLUSIVE.get(last), None)
+    section[last] = value
+
+
+_EXCLUSIVE = {"steps": "epochs", "epochs": "steps", "lr": "base_lr", "base_lr": "lr"}
+"""Keys of which a section has one: an override drops the other that the file gives."""
+
+
+def _value(text: str) -> Any:
+    """A value as YAML reads it, but 1e-4 is a number: YAML 1.1 wants 1.0e-4."""
+    if "e" in text.lower():
+        try:
+            return float(text)
+        except ValueError:
+            pass
+    return yaml.safe_load(text)
+
+
+def _stage(
+    name: str, section: Any, kinds: Mapping[str, type[StageConfig]], others: list[str], mistakes: list[str]
+) -> Any:
+    where = f"stages.{name}"
+    if not isinstance(section, dict):
+        mistakes.append(f"{where}: expected a section, found {section!r}")
+        return None
+    kind = section.get("kind")
+    if kind is None:
+        mistakes.append(f"{where}: no such stage, or its kind is missing{did_you_mean(name, others)}")
+        return None
+    if not isinstance(kind, str) or kind not in kinds:
+        mistakes.append(f"{where}.kind: unknown stage kind {kind!r}{did_you_mean(str(kind), sorted(kinds))}")
+        return None
+    try:
+        return kinds[kind].model_validate(section)
+    except ValidationError as error:
+        mistakes.extend(explain(error, kinds[kind], where))
+        return None
+
+
+def _check_references(source: str, pipeline: PipelineConfig) -> None:
+    for name, stage in pipeline.stages.items():
+        for label, reference in stage.references().items():
+            looks_external = "/" in reference or ":" in reference or Path(reference).exists()
+            if reference not in pipeline.stages and not looks_external:
+                hint = did_you_mean(reference, sorted(pipeline.stages))
+                raise ConfigError(f"{source}: stages.{name}.inputs.{label}: no stage and no path {reference!r}{hint}")
+
+
+def _fields_at(model: Any, loc: Sequence[Any]) -> set[str]:
+    """Field names of the section that `loc` leads to, through nested models, optionals, lists and mappings."""
+    candidates = _models_in(model)
+    for part in loc:
+        following: list[type[BaseModel]] = []
+        for candidate in candidates:
+            field = candidate.model_fields.get(str(part))
+            following += _models_in(field.annotation) if field else []
+        candidates = following or candidates
+    return {name for candidate in candidates for name in candidate.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
