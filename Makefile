@@ -2,12 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all faults soak lint clean
 
 help:
 	@echo "make demo      install, then run the whole pipeline in small: data to distilled student (CPU, under 30 minutes)"
 	@echo "make test      install, then run the fast tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  the fast tests and the long ones"
+	@echo "make faults    break things on purpose: every fault of docs/faults.md (under 30 minutes)"
+	@echo "make soak      kill a run hundreds of times and report what it cost"
 	@echo "make lint      ruff"
 	@echo "make clean     remove the virtual environment; runs in workspace/ stay"
 
@@ -19,6 +21,12 @@ test: $(BIN)/.test
 
 test-all: $(BIN)/.test
 	$(BIN)/python -m pytest -m ""
+
+faults: $(BIN)/.test
+	$(BIN)/python -m pytest -m fault
+
+soak: $(BIN)/.test
+	$(BIN)/python -m tests.faults.soak
 
 lint: $(BIN)/.test
 	$(BIN)/ruff check .

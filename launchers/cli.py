@@ -20,6 +20,7 @@ from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
 from pipeline.files import read_json
 from pipeline.graph import StagePlan
+from pipeline.heartbeat import LAUNCHER_VARIABLE
 from pipeline.status import read_status
 from pipeline.tracking import is_synced
 from stages import KINDS
@@ -197,6 +198,7 @@ def _processes(config: PipelineConfig) -> int:
 def _environment(config: PipelineConfig) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     cpu = {"DS_ACCELERATOR": "cpu"} if config.runtime.device == "cpu" else {}
+    cpu[LAUNCHER_VARIABLE] = str(os.getpid())
     return {**os.environ, **cpu, "PATH": path, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 

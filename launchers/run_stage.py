@@ -7,12 +7,13 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,6 +29,10 @@ from pipeline.graph import StagePlan
 from pipeline.status import Status, held
 from pipeline.tracking import Tracker, download, sync, tracking_uri
 from stages import KINDS, module_of
+
+if TYPE_CHECKING:
+    from pipeline.heartbeat import Heartbeat
+    from pipeline.stopping import StopRequest
 
 logger = logging.getLogger("vitruvian")
 
@@ -121,29 +126,50 @@ def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], d
     world = world_from_environment(pipeline.runtime)
     setup_logging(world.rank, stage.run_dir)
     with held(stage.run_dir) if world.is_main else nullcontext():
+        stop, heartbeat = _signs(pipeline, stage.run_dir, world.rank, distributed)
         if world.is_main:
             graph.record_identity(stage)
             (stage.run_dir / "STOP").unlink(missing_ok=True)
-        if distributed:
-            from pipeline.engine import start_process_group
-
-            start_process_group(world)
-        verb = "resumes" if stage.state == "resume" else "starts"
-        logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
         status = Status(stage.run_dir, world.is_main)
         where = stage.run_dir if world.is_main else None
         tracker = Tracker(pipeline, where, stage.name, tags, stage.parameters, stage.datasets)
         try:
+            if distributed:
+                from pipeline.engine import start_process_group
+
+                start_process_group(world, heartbeat.limit)
+            verb = "resumes" if stage.state == "resume" else "starts"
+            logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
             if not distributed:
                 tracker.start(0)
-            module_of(stage.config.kind).run(Context(pipeline, stage, world, tracker, status), stage.config)
+            context = Context(pipeline, stage, world, tracker, status, stop, heartbeat)
+            module_of(stage.config.kind).run(context, stage.config)
         except BaseException as error:
             return _ended_badly(stage, status, tracker, error)
+        finally:
+            heartbeat.stop()
         leave_process_group()  # the others need not wait for rank 0's upload
         status.ended("done", EXIT_DONE)
         tracker.finish("FINISHED", stage.run_dir / "artifact")
         logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
     return EXIT_DONE
+
+
+def _signs(
+    pipeline: PipelineConfig, run_dir: Path, rank: int, distributed: bool
+) -> "tuple[StopRequest | None, Heartbeat]":
+    """How a stage is told to stop, and how it tells that it lives: ranks stop together, a process alone at once."""
+    from pipeline.heartbeat import Heartbeat
+    from pipeline.stopping import StopRequest, stop_at_once
+
+    if distributed:
+        stop, minutes = StopRequest(run_dir), pipeline.runtime.hang_minutes
+        heartbeat = Heartbeat(run_dir, rank, minutes and minutes * 60, orphaned=stop.ask)
+    else:
+        stop_at_once()
+        stop, heartbeat = None, Heartbeat(run_dir, rank, None, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    heartbeat.start("started")
+    return stop, heartbeat
 
 
 def _ended_badly(stage: StagePlan, status: Status, tracker: Tracker, error: BaseException) -> int:

@@ -44,6 +44,8 @@ class RuntimeConfig(Strict):
     """Deterministic GPU kernels, for bitwise resume on a GPU. On a CPU resume is always bitwise."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Samples per rank and forward; unset: the global batch over the ranks, without accumulation."""
+    hang_minutes: float | None = Field(30.0, gt=0)
+    """A rank without progress for so long ends the job with everybody's stacks; null: never. Longer than the longest save."""
 
 
 class TrackingConfig(Strict):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact, Parent, publish, read_artifact
 from pipeline.config import PipelineConfig
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, Stopped
 from pipeline.files import write_json, write_text
 from pipeline.graph import Input, StagePlan
 from pipeline.status import Status
@@ -16,6 +16,8 @@ from pipeline.tracking import Tracker
 
 if TYPE_CHECKING:
     from pipeline.distributed import World
+    from pipeline.heartbeat import Heartbeat
+    from pipeline.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class Context:
     world: "World"
     tracker: Tracker
     status: Status
+    stop: "StopRequest | None"
+    """None where signals end the stage at once."""
+    heartbeat: "Heartbeat"
+
+    def tick(self) -> None:
+        """Collective. For evaluation loops, once a batch: a sign of life. Raises Stopped if a rank was asked to stop."""
+        self.heartbeat.beat("a batch of an evaluation")
+        if self.stop is not None and self.stop.agreed(self.world):
+            raise Stopped("stopped on request during an evaluation")
 
     @property
     def run_dir(self) -> Path:

@@ -4,8 +4,11 @@ The rest of the code sees named float32 tensors and one `train_step`. What DeepS
 0.19.8 on gloo; the surprises are noted where they matter.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -23,18 +26,45 @@ from torch import Tensor, nn
 
 from pipeline.config import EngineConfig
 from pipeline.distributed import World, autocast, rendezvous_alone
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, ConfigError
 from pipeline.recipe import split_batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Batch = Mapping[str, Any]
 
 
-def start_process_group(world: World) -> None:
-    """Collective. Joins the peers: nccl on GPUs, gloo on CPUs."""
+def start_process_group(world: World, patience: float | None = None) -> None:
+    """Collective. Joins the peers: nccl on GPUs, gloo on CPUs.
+
+    patience: seconds that a rank may keep the others waiting in a collective; the heartbeat says more, so it is first.
+    """
     rendezvous_alone()
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    timeout = timedelta(seconds=2 * patience + 60 if patience else 7 * 86400)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = "the port is taken" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the ranks can't meet at {where}: {reason}; give the launcher another --master_port"
+        ) from None
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean over the global batch; not finite where a rank's was not."""
+    finite: bool
+    """Whether this rank's losses were finite."""
+    skipped: bool
+    """Known to all ranks alike."""
+    scalars: dict[str, Tensor]
+    """Means over this rank's micro-batches, on the device."""
+    batches: list[Batch]
+    """Of this rank."""
 
 
 class Engine:
@@ -60,7 +90,8 @@ class Engine:
         self.config, self.world = config, world
         self.micro_batch_size, self.accumulation = split_batch(global_batch_size, micro_batch_size, world.size)
         self.global_batch_size = global_batch_size
-        optimizer = torch.optim.AdamW(parameter_groups, betas=betas, eps=1e-8, foreach=True)
+        kind = torch.optim.AdamW if config.zero_stage else _SkippingAdamW
+        optimizer = kind(parameter_groups, betas=betas, eps=1e-8, foreach=True)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._engine, *_ = deepspeed.initialize(
@@ -87,28 +118,50 @@ class Engine:
         }
 
     def train_step(
-        self, batches: Iterator[Batch], learning_rate: Callable[[dict[str, Any]], float], seed: Callable[[int], int]
-    ) -> tuple[Tensor, dict[str, Tensor], list[Batch]]:
+        self,
+        batches: Iterator[Batch],
+        learning_rate: Callable[[dict[str, Any]], float],
+        seed: Callable[[int], int],
+        loss_limit: float = float("inf"),
+    ) -> StepOutcome:
         """Collective. One optimizer step over `accumulation` micro-batches.
 
         learning_rate gives a parameter group's rate. seed gives the random seed of a micro-step: what is random in the
         forward (drop path) is a pure function of the step and the rank, so a resumed run needs no generator state.
-        Returns the mean loss and scalars of this rank's micro-batches, detached, and the batches.
+        Where the loss of any rank or the gradient is not finite, or the mean loss is above loss_limit, the step is
+        skipped on all ranks: weights, moments and buffers stay as they were.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate(group)
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         losses, metrics, used = [], [], []
         for micro in range(self.accumulation):
             batch = next(batches)
             torch.manual_seed(seed(micro))
             loss, scalars = self._engine(to_device(batch, self.world.device))
+            losses.append(loss.detach())
+            if micro == self.accumulation - 1:
+                mean, veto = self._agree(torch.stack(losses), loss_limit)
+                loss = loss * veto
             self._engine.backward(loss)
             self._engine.step()
-            losses.append(loss.detach())
             metrics.append(scalars)
             used.append(batch)
-        mean = {name: torch.stack([scalars[name].detach() for scalars in metrics]).mean() for name in metrics[0]}
-        return torch.stack(losses).mean(), mean, used
+        skipped = not self._engine.was_step_applied()
+        if skipped:
+            load_buffers_into(self.module, buffers)
+        found = {name: torch.stack([scalars[name].detach() for scalars in metrics]).mean() for name in metrics[0]}
+        return StepOutcome(float(mean), bool(torch.isfinite(torch.stack(losses)).all()), skipped, found, used)
+
+    def _agree(self, losses: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+        """Collective. The mean loss over all ranks, and 1, or nan where the step must not be taken.
+
+        A nan makes every gradient one, which the optimizer's overflow handling answers by skipping, on all ranks alike.
+        """
+        mean = losses.double().mean() / self.world.size
+        if self.world.size > 1:
+            dist.all_reduce(mean)  # a single nan makes the sum one
+        return mean, torch.where(torch.isfinite(mean) & (mean <= limit), 1.0, float("nan")).to(losses.dtype)
 
     def gradient_norm(self) -> float:
         """Of the last step, before clipping; nan where the engine does not keep it."""
@@ -271,6 +324,20 @@ class Engine:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if tuple(tensors[f"weight/{name}"].shape) != shape:
                 raise CheckpointError(f"the resume point's {name} has another shape than the model's {shape}")
+
+
+class _SkippingAdamW(torch.optim.AdamW):
+    """AdamW that skips a step whose gradient is not finite, as DeepSpeed's ZeRO optimizers do. For ZeRO 0."""
+
+    overflow = False  # DeepSpeed's name for it, which its engine reads
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """The gradients are reduced by now: every rank decides alike."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.overflow = not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+        if not self.overflow:
+            super().step(closure)
 
 
 def average_buffers(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:

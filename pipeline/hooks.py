@@ -5,7 +5,7 @@ A hook that communicates does so on all ranks, at the same step.
 
 import logging
 import math
-import signal
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,18 +15,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.distributed import broadcast_object, sum_over_ranks
+from pipeline.distributed import broadcast_object, gather_objects, sum_over_ranks
 from pipeline.errors import DataError, Stopped, VitruvianError
 from pipeline.files import staging, write_json
+from pipeline.heartbeat import Heartbeat
+from pipeline.recipe import Skipping
 from pipeline.status import Status
+from pipeline.stopping import StopRequest
 from pipeline.tracking import Tracker, system_metrics
-from pipeline.trainer import Hook, Trainer
+from pipeline.trainer import Hook, StepResult, Trainer
 
 logger = logging.getLogger(__name__)
 
 
 class LogMetrics(Hook):
-    """One console line and one metrics line every few steps; refuses to go on from a loss that is not finite."""
+    """One console line and one metrics line every few steps."""
 
     name = "log"
 
@@ -44,11 +47,6 @@ class LogMetrics(Hook):
     def after_step(self, trainer: Trainer) -> None:
         result = trainer.result
         assert result is not None
-        if not math.isfinite(result.loss):
-            raise VitruvianError(
-                f"{self.stage}: the loss of step {trainer.step} is {result.loss}; lower optimizer.lr or set "
-                f"optimizer.gradient_clipping. The last resume point stands."
-            )
         self._since.append((result.seconds, result.data_seconds))
         if trainer.step % self.every and trainer.step not in (self._first_step + 1, trainer.total_steps):
             return
@@ -85,6 +83,24 @@ class LogMetrics(Hook):
         )
 
 
+class Beat(Hook):
+    """Tells the heartbeat how far the loop is."""
+
+    name = "beat"
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self.heartbeat = heartbeat
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.heartbeat.beat(f"began at step {trainer.step}")
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.heartbeat.beat(f"step {trainer.step}")
+
+    def after_save(self, trainer: Trainer) -> None:
+        self.heartbeat.beat(f"saved step {trainer.step}")
+
+
 class SaveResumePoints(Hook):
     """A resume point every few steps."""
 
@@ -102,28 +118,81 @@ class SaveResumePoints(Hook):
         self.status.saved(trainer.step)
 
 
+class LimitSkippedSteps(Hook):
+    """Names the samples of skipped steps, and stops the stage where too many follow each other."""
+
+    name = "skipped"
+    _WINDOW, _ENOUGH, _NAMED = 100, 20, 16
+
+    def __init__(self, config: Skipping) -> None:
+        self.config = config
+        self.in_a_row, self.total = 0, 0
+        self._losses: list[float] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._set_limit(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        result = trainer.result
+        assert result is not None
+        if not result.skipped:
+            self.in_a_row = 0
+            self._losses = [*self._losses, result.loss][-self._WINDOW :]
+            self._set_limit(trainer)
+            return
+        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        suspects = [name for share in gather_objects(result.suspects) for name in share]
+        if trainer.world.is_main:
+            logger.warning("step %d skipped: %s", trainer.step, self._reason(result, suspects, trainer.loss_limit))
+        if self.in_a_row > self.config.max_in_a_row:
+            # Nothing was learnt meanwhile: the last resume point holds the last good weights.
+            raise VitruvianError(
+                f"{self.in_a_row} steps in a row were skipped, the last of them step {trainer.step} (loss "
+                f"{result.loss:.6g}); the last resume point stands. Lower optimizer.lr, set "
+                f"optimizer.gradient_clipping, or look at the samples named above"
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {"in_a_row": self.in_a_row, "total": self.total, "losses": self._losses}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.in_a_row, self.total = state.get("in_a_row", 0), state.get("total", 0)
+        self._losses = state.get("losses", [])
+
+    def _set_limit(self, trainer: Trainer) -> None:
+        if self.config.spike_factor is not None and len(self._losses) >= self._ENOUGH:
+            trainer.loss_limit = self.config.spike_factor * statistics.median(self._losses)
+
+    def _reason(self, result: StepResult, suspects: list[str], limit: float) -> str:
+        if suspects:
+            rest = f" and {len(suspects) - self._NAMED} more" if len(suspects) > self._NAMED else ""
+            return f"the loss is not finite; it is of the samples {', '.join(suspects[: self._NAMED])}{rest}"
+        if result.loss > limit:
+            return f"its loss {result.loss:.6g} is above {limit:.6g}, {self.config.spike_factor} x the median"
+        return f"the gradient is not finite (loss {result.loss:.6g})"
+
+
 class StopOnRequest(Hook):
-    """SIGTERM, SIGUSR1, Ctrl-C or a `STOP` file in the run directory, seen by any rank: all save together and leave."""
+    """All ranks save together and leave, when any of them was asked to."""
 
     name = "stop"
 
-    def __init__(self, run_dir: Path) -> None:
-        self.file = run_dir / "STOP"
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self._asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+    def on_start(self, trainer: Trainer) -> None:
+        if self.request.agreed(trainer.world):
+            self._leave(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
-        asked = self._asked or (trainer.world.is_main and self.file.exists())
-        if sum_over_ranks([float(asked)], trainer.world.device)[0] and trainer.step < trainer.total_steps:
+        if self.request.agreed(trainer.world):
             trainer.save()
-            if trainer.world.is_main:
-                self.file.unlink(missing_ok=True)
-            raise Stopped(f"stopped on request after step {trainer.step}; the same command goes on from there")
+            self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        if trainer.world.is_main:
+            self.request.clear()
+        raise Stopped(f"stopped on request after step {trainer.step}; the same command goes on from there")
 
 
 class CountBadSamples(Hook):
@@ -168,16 +237,31 @@ class Evaluate(Hook):
         run_dir: Path,
         tracker: Tracker,
     ) -> None:
-        """evaluate is collective and returns the same metrics on all ranks; `metric` names the one to be maximised."""
+        """evaluate is collective and returns the same metrics on all ranks; `metric` names the one to be maximised.
+
+        It may raise Stopped, on all ranks, when it was asked to.
+        """
         self.every, self.evaluate, self.metric, self.tracker = every, evaluate, metric, tracker
         self.folder = run_dir / "best"
         self.best: float | None = None
+        self._owed = False
+
+    def on_start(self, trainer: Trainer) -> None:
+        if self._owed:
+            self._run(trainer)
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.every and trainer.step != trainer.total_steps:
-            return
-        with trainer.engine.evaluating() as module:
-            metrics = broadcast_object(self.evaluate(module))  # all ranks decide alike
+        if trainer.step % self.every == 0 or trainer.step == trainer.total_steps:
+            self._run(trainer)
+
+    def _run(self, trainer: Trainer) -> None:
+        self._owed = True
+        try:
+            with trainer.engine.evaluating() as module:
+                metrics = broadcast_object(self.evaluate(module))  # all ranks decide alike
+        except Stopped:
+            return  # asked to stop: made up for when the run goes on
+        self._owed = False
         self.tracker.log("evaluation", trainer.step, metrics)
         if trainer.world.is_main:
             shown = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
@@ -196,10 +280,10 @@ class Evaluate(Hook):
                 write_json(folder / "best.json", {"step": trainer.step, "metrics": dict(metrics)})
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "owed": self._owed}
 
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.best = state.get("best")
+        self.best, self._owed = state.get("best"), state.get("owed", False)
 
 
 class AverageWeights(Hook):

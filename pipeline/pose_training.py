@@ -119,7 +119,13 @@ class PoseSetup:
         def evaluate(objective: nn.Module) -> dict[str, float]:
             with autocast(self.context.pipeline.engine.precision, self.context.world.device):
                 predictions = predict(
-                    objective.model, definition, requests, self.codec, flip=False, world=self.context.world, workers=0
+                    objective.model,
+                    definition,
+                    requests,
+                    self.codec,
+                    flip=False,
+                    world=self.context.world,
+                    tick=self.context.tick,
                 )
             return score(annotations, predictions, image_ids=names).metrics
 

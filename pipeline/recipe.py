@@ -77,6 +77,15 @@ class Schedule(Strict):
         return 1.0
 
 
+class Skipping(Strict):
+    """Steps that are left out: all ranks decide together, the weights stay as they were, the schedule goes on."""
+
+    max_in_a_row: Annotated[int, NotInFingerprint] = Field(10, ge=0)
+    """A loss or gradient that is not finite skips its step; after more than so many in a row the stage stops."""
+    spike_factor: float | None = Field(None, gt=1)
+    """Skips a step whose loss is above so many times the median of the last 100; null: none is skipped for that."""
+
+
 class TrainingConfig(StageConfig):
     """What every training stage's section has."""
 
@@ -94,6 +103,8 @@ class TrainingConfig(StageConfig):
     """Rates and decays."""
     schedule: Schedule = Schedule()
     """The rate over time."""
+    skipping: Skipping = Skipping()
+    """What to do about steps that would do harm."""
     save_every: Annotated[int | None, NotInFingerprint] = Field(None, ge=1)
     """Steps between resume points; unset: a tenth of the stage, at most 1,000 steps."""
     max_bad_fraction: Annotated[float, NotInFingerprint] = Field(0.001, ge=0, le=1)

@@ -1,6 +1,7 @@
 """The one training loop. Everything optional is a hook (`pipeline/hooks.py`)."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,16 @@ class StepResult:
 
     loss: float
     """Mean over the global batch."""
+    skipped: bool
+    """The step was left out, on all ranks: see `Engine.train_step`."""
+    suspects: list[str]
+    """Samples of this rank, if its loss was not finite."""
     scalars: dict[str, Tensor]
     """Of this rank, on the device."""
     learning_rate: float
     """Of the fastest parameter group."""
     bad_samples: list[str]
-    """Unreadable samples of this rank."""
+    """What is wrong with which sample of this rank."""
     bad_count: int
     """Over all ranks."""
     sample_checksum: float
@@ -83,6 +88,8 @@ class Trainer:
         self.total_steps, self.seed = total_steps, seed
         self.step = 0
         self.result: StepResult | None = None
+        self.loss_limit = math.inf  # a hook's to lower
+        self._saved_step: int | None = None
         self._batches, self._learning_rate = batches, learning_rate
 
     def fit(self) -> None:
@@ -97,7 +104,10 @@ class Trainer:
                 hook.after_step(self)
 
     def save(self) -> None:
-        """Collective. Writes a resume point of the current step."""
+        """Collective. Writes a resume point of the current step, unless that was done."""
+        if self._saved_step == self.step:
+            return
+        self._saved_step = self.step
         tensors = self.engine.state()
         for hook in self.hooks:
             tensors |= {f"{hook.name}/{key}": value for key, value in hook.tensors().items()}
@@ -116,14 +126,23 @@ class Trainer:
             rates.append(self._learning_rate(self.step, group))
             return rates[-1]
 
-        loss, scalars, used = self.engine.train_step(batches, rate, self._forward_seed)
-        bad = [name for batch in used for name in batch["bad"]]
-        checksum = sum(crc32(str(name).encode()) for batch in used for name in batch["ids"])
-        mean, bad_count, checksum = sum_over_ranks(
-            [float(loss) / self.world.size, len(bad), checksum], self.world.device
+        outcome = self.engine.train_step(batches, rate, self._forward_seed, self.loss_limit)
+        ids = [str(name) for batch in outcome.batches for name in batch["ids"]]
+        bad = [name for batch in outcome.batches for name in batch["bad"]]
+        checksum = sum(crc32(name.encode()) for name in ids)
+        bad_count, checksum = sum_over_ranks([len(bad), checksum], self.world.device)
+        return StepResult(
+            loss=outcome.loss,
+            skipped=outcome.skipped,
+            suspects=[] if outcome.finite else ids,
+            scalars=outcome.scalars,
+            learning_rate=max(rates),
+            bad_samples=bad,
+            bad_count=int(bad_count),
+            sample_checksum=checksum,
+            seconds=time.perf_counter() - started,
+            data_seconds=batches.seconds,
         )
-        seconds = time.perf_counter() - started
-        return StepResult(mean, scalars, max(rates), bad, int(bad_count), checksum, seconds, batches.seconds)
 
     def _forward_seed(self, micro: int) -> int:
         return ((self.seed * 1_000_003 + self.step) * 65_537 + micro * self.world.size + self.world.rank) % 2**63

@@ -18,13 +18,22 @@ from pipeline.data.loader import TrainSet, make_loader
 from pipeline.data.order import Order
 from pipeline.distributed import World, cores, local_world_size
 from pipeline.engine import Batch, Engine, to_device
-from pipeline.errors import ConfigError
-from pipeline.hooks import AverageWeights, CountBadSamples, Evaluate, Hook, LogMetrics, SaveResumePoints, StopOnRequest
+from pipeline.errors import ConfigError, VitruvianError
+from pipeline.hooks import (
+    AverageWeights,
+    Beat,
+    CountBadSamples,
+    Evaluate,
+    LimitSkippedSteps,
+    LogMetrics,
+    SaveResumePoints,
+    StopOnRequest,
+)
 from pipeline.models.pose import PoseModel
 from pipeline.models.preprocessing import normalise
 from pipeline.objectives import PoseObjective
 from pipeline.recipe import TrainingConfig
-from pipeline.trainer import Trainer
+from pipeline.trainer import Hook, Trainer
 
 Evaluation = tuple[int, Callable[[nn.Module], dict[str, float]], str]
 View = Callable[..., Any]
@@ -92,12 +101,14 @@ def train(
     evaluate = Evaluate(*evaluation, context.run_dir, context.tracker) if evaluation else None
     average = AverageWeights(average_decay) if average_decay is not None else None
     hooks: list[Hook | None] = [
+        Beat(context.heartbeat),
         CountBadSamples(config.max_bad_fraction),
+        LimitSkippedSteps(config.skipping),
         average,
         LogMetrics(context.plan.name, context.pipeline.tracking.log_every, context.tracker, context.status),
         evaluate,
         SaveResumePoints(config.save_interval(total), context.status),
-        StopOnRequest(context.run_dir),
+        StopOnRequest(context.stop),
     ]
     data = TrainSet(collection.shards, order, view, context.seed)
     trainer = Trainer(
@@ -139,7 +150,16 @@ def _stream(engine: Engine, data: TrainSet, total: int, workers: int | None) -> 
             accumulation=engine.accumulation,
             workers=loader_workers(workers, world),
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for it
+                raise
+            raise VitruvianError(
+                f"rank {world.rank}: a data loading process died, killed for want of memory perhaps "
+                f"({str(error).splitlines()[0]}); fewer runtime.workers need less; the same command goes on from the "
+                f"last resume point"
+            ) from None
 
     return batches
 

@@ -50,12 +50,10 @@ def main() -> None:
     }
     losses = []
     for step in range(6):
-        loss, _, _ = engine.train_step(
+        outcome = engine.train_step(
             iter([batch]), lambda group: 1e-3 * group["lr_scale"], lambda micro, step=step: step
         )
-        total = loss.clone()
-        torch.distributed.all_reduce(total)
-        losses.append(float(total) / world.size)
+        losses.append(outcome.loss)
     buffers = engine.averaged_buffers()
     means = {name: buffers[f"model.decoders.{name}.deconv_layers.1.running_mean"].abs().sum().item() for name in NAMES}
     if world.is_main:

@@ -160,6 +160,10 @@ class TrainSet(Dataset[Item]):
             return item | self.view(image, found.meta, self.generator(position))
         except DataError as error:
             return item | self.view.blank() | {"weight": 0.0, "bad": str(error)}
+        except Exception as error:
+            raise RuntimeError(
+                f"sample {item['id']} at position {position}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def make_loader(

@@ -4,7 +4,7 @@ Reads the original images, never a stored crop. On several ranks each takes an e
 parameters are sharded runs the same number of forwards everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,11 +71,12 @@ def predict(
     workers: int = 0,
     world: World | None = None,
     decoder: str | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[Prediction]:
     """Keypoints of every request, in their order. Collective where a world of several ranks is given.
 
-    decoder: the dataset whose decoder is used; the definition's own unless given (OCHuman: COCO's). Raises DataError if
-    an image can't be read.
+    decoder: the dataset whose decoder is used; the definition's own unless given (OCHuman: COCO's). tick is called
+    once a batch and may raise, on all ranks. Raises DataError if an image can't be read.
     """
     world = world or World(0, 0, 1, next(model.parameters()).device)
     name = decoder or definition.name
@@ -90,6 +91,7 @@ def predict(
     points: list[Tensor] = []
     faults: list[str] = []
     for images, unread in loader:
+        tick()
         faults += unread
         pixels = normalise(images.to(world.device, non_blocking=True))
         heatmaps = model(pixels, [name])[name].float()
