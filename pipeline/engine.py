@@ -141,7 +141,8 @@ class Engine:
             loss, scalars = self._engine(to_device(batch, self.world.device))
             losses.append(loss.detach())
             if micro == self.accumulation - 1:
-                mean, veto = self._agree(torch.stack(losses), loss_limit)
+                own = torch.stack(losses)
+                mean, veto = self._agree(own, loss_limit)
                 loss = loss * veto
             self._engine.backward(loss)
             self._engine.step()
@@ -151,7 +152,7 @@ class Engine:
         if skipped:
             load_buffers_into(self.module, buffers)
         found = {name: torch.stack([scalars[name].detach() for scalars in metrics]).mean() for name in metrics[0]}
-        return StepOutcome(float(mean), bool(torch.isfinite(torch.stack(losses)).all()), skipped, found, used)
+        return StepOutcome(float(mean), bool(torch.isfinite(own).all()), skipped, found, used)
 
     def _agree(self, losses: Tensor, limit: float) -> tuple[Tensor, Tensor]:
         """Collective. The mean loss over all ranks, and 1, or nan where the step must not be taken.

@@ -152,13 +152,14 @@ def _stream(engine: Engine, data: TrainSet, total: int, workers: int | None) -> 
         )
         try:
             yield from loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):  # PyTorch has no class of its own for it
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # PyTorch has no class of its own for it; a worker that dies while it hands a batch over breaks the pipe.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise VitruvianError(
-                f"rank {world.rank}: a data loading process died, killed for want of memory perhaps "
-                f"({str(error).splitlines()[0]}); fewer runtime.workers need less; the same command goes on from the "
-                f"last resume point"
+                f"rank {world.rank}: a data loading process died, killed for want of memory perhaps ({reason}); fewer "
+                f"runtime.workers need less; the same command goes on from the last resume point"
             ) from None
 
     return batches

@@ -12,7 +12,5 @@ from tests.faults.injection import install
 
 if __name__ == "__main__":
     rank = int(os.environ.get("RANK", "0"))
-    marker = Path(os.environ.get("FAULT_ONCE", "/dev/null"))
-    if not (marker.is_file() and marker.read_text()):
-        install(json.loads(os.environ.get("FAULT", "null")), rank)
+    install(json.loads(os.environ.get("FAULT", "null")), rank)
     run_stage.leave(run_stage.main())
