@@ -27,6 +27,8 @@ class Context:
     world: "World"
     tracker: Tracker
     status: Status
+    part: tuple[int, int] | None = None
+    """(I, N): only part I of N of a divisible stage's work is wanted, and nothing is published."""
 
     @property
     def run_dir(self) -> Path:
