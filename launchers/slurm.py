@@ -6,10 +6,11 @@ twice. Whether a stage is done is never asked of Slurm, which forgets jobs: its 
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,22 +24,12 @@ from pipeline.status import held
 
 logger = logging.getLogger("vitruvian")
 
-_ENDED = (
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "BOOT_FAIL",
-    "DEADLINE",
-)
+_ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|BOOT_FAIL|DEADLINE|REVOKED")
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Jobs = dict[str, dict[str, Any]]
-"""By stage: `scripts`, the digest of its sbatch files, and `jobs`, in order of submission: by id, how many of its tasks
-were last seen in which state; empty for a job that Slurm has forgotten."""
+"""By stage: `scripts`, the digest of its sbatch files, and `jobs`, in order of submission: the `id` of each, and of its
+`tasks` how many were last seen in which state; none of a job that ended and that Slurm has forgotten."""
 
 
 def submit(pipeline: PipelineConfig, names: list[str], source: str, overrides: list[str], *, dry_run: bool) -> None:
@@ -57,13 +48,9 @@ def submit(pipeline: PipelineConfig, names: list[str], source: str, overrides: l
             graph.require_raw_data(plans[name])
         scripts[name] = _scripts(pipeline, name, source, overrides)
     if dry_run:
-        for name, files in scripts.items():
-            after = [parent for parent in dict.fromkeys(graph.parents(pipeline, name)) if parent in scripts]
-            for file, text in files.items():
-                typer.echo(f"### {folder_of(pipeline) / file}{', after ' * bool(after)}{', '.join(after)}\n{text}")
+        _print(pipeline, scripts)
         return
-    folder = folder_of(pipeline)
-    with held(folder):
+    with held(folder_of(pipeline)):
         jobs = refreshed(pipeline, strictly=True)
         _refuse_other_settings(jobs, scripts)
         new: list[str] = []
@@ -72,16 +59,13 @@ def submit(pipeline: PipelineConfig, names: list[str], source: str, overrides: l
                 if _in_queue(jobs.get(name)):
                     logger.info("%s: in the queue already, %s", name, describe(jobs[name]))
                     continue
-                parents = [jobs[parent] for parent in graph.parents(pipeline, name) if parent in scripts]
-                after = [_last(parent) for parent in parents]
-                ids = []
-                for file, text in files.items():
-                    write_text(folder / file, text)
-                    ids.append(_sbatch(str(folder / file), after))
-                    new.append(ids[-1])
-                    after = [ids[-1]]
-                jobs[name] = {"scripts": digest_of(files), "jobs": {job: {"PENDING": 1} for job in ids}}
-                write_json(folder / "jobs.json", jobs)
+                after = [_last(jobs[parent]) for parent in graph.parents(pipeline, name) if parent in scripts]
+                ids = _submit_files(folder_of(pipeline), files, after, new)
+                jobs[name] = {
+                    "scripts": digest_of(files),
+                    "jobs": [{"id": job, "tasks": {"PENDING": 1}} for job in ids],
+                }
+                write_json(folder_of(pipeline) / "jobs.json", jobs)
                 logger.info("%s: submitted, job %s", name, " then ".join(ids))
         except BaseException:
             if new:  # half a chain helps nobody
@@ -97,7 +81,7 @@ def cancel(pipeline: PipelineConfig, stage: str | None) -> list[str]:
     jobs = refreshed(pipeline, strictly=True)
     chosen = [name for name, record in jobs.items() if stage in (None, name) and _in_queue(record)]
     if chosen:
-        _call("scancel", *(job for name in chosen for job in jobs[name]["jobs"]))
+        _call("scancel", *(job["id"] for name in chosen for job in jobs[name]["jobs"]))
     return chosen
 
 
@@ -120,9 +104,11 @@ def refreshed(pipeline: PipelineConfig, *, strictly: bool = False) -> Jobs:
     for job, state, reason in (line.split("|", 2) for line in lines):
         told = f"{state} ({reason})" if state == "PENDING" and reason != "None" else state
         seen.setdefault(job, Counter())[told] += 1
-    for record in jobs.values():
-        for job, before in record["jobs"].items():
-            record["jobs"][job] = dict(seen[job]) if job in seen else {} if _is_live(before) else before
+    for job in (job for record in jobs.values() for job in record["jobs"]):
+        if job["id"] in seen:
+            job["tasks"] = dict(seen[job["id"]])
+        elif _is_live(job):
+            job["tasks"] = {}
     if lines:
         write_json(path, jobs)
     return jobs
@@ -131,24 +117,25 @@ def refreshed(pipeline: PipelineConfig, *, strictly: bool = False) -> Jobs:
 def describe(record: dict[str, Any]) -> str:
     """A stage's jobs in words, such as `12 RUNNING`; with parts `11 COMPLETED 3, RUNNING 1; 12 PENDING (Dependency)`."""
     told = []
-    for job, tasks in record["jobs"].items():
-        counts = [state if len(tasks) == 1 else f"{state} {count}" for state, count in sorted(tasks.items())]
-        told.append(f"{job} {', '.join(counts) or 'forgotten by Slurm'}")
+    for job in record["jobs"]:
+        tasks = sorted(job["tasks"].items())
+        counts = [state if len(tasks) == 1 else f"{state} {count}" for state, count in tasks]
+        told.append(f"{job['id']} {', '.join(counts) or 'ended'}")
     return "; ".join(told)
 
 
-def _is_live(tasks: Mapping[str, int]) -> bool:
+def _is_live(job: dict[str, Any]) -> bool:
     """True if some of a job's tasks may still run."""
-    return any(state.split(" ")[0] not in _ENDED for state in tasks)
+    return any(not _ENDED.fullmatch(state) for state in job["tasks"])
 
 
 def _in_queue(record: dict[str, Any] | None) -> bool:
     """True if a stage has a job that waits or runs."""
-    return record is not None and any(_is_live(tasks) for tasks in record["jobs"].values())
+    return record is not None and any(_is_live(job) for job in record["jobs"])
 
 
 def _last(record: dict[str, Any]) -> str:
-    return list(record["jobs"])[-1]
+    return str(record["jobs"][-1]["id"])
 
 
 def _scripts(pipeline: PipelineConfig, name: str, source: str, overrides: list[str]) -> dict[str, str]:
@@ -157,6 +144,23 @@ def _scripts(pipeline: PipelineConfig, name: str, source: str, overrides: list[s
     parts = pipeline.slurm.job(name, kind.distributed).array if kind.divisible else 1
     first = {f"{name}.parts.sbatch": render(pipeline, name, source, overrides, parts=parts)} if parts > 1 else {}
     return {**first, f"{name}.sbatch": render(pipeline, name, source, overrides)}
+
+
+def _print(pipeline: PipelineConfig, scripts: dict[str, dict[str, str]]) -> None:
+    for name, files in scripts.items():
+        after = [parent for parent in dict.fromkeys(graph.parents(pipeline, name)) if parent in scripts]
+        for file, text in files.items():
+            typer.echo(f"### {folder_of(pipeline) / file}{', after ' * bool(after)}{', '.join(after)}\n{text}")
+
+
+def _submit_files(folder: Path, files: dict[str, str], after: list[str], new: list[str]) -> list[str]:
+    """Writes and submits a stage's files, one after the other; gives their jobs' ids, which `new` gets as they come."""
+    ids: list[str] = []
+    for file, text in files.items():
+        write_text(folder / file, text)
+        ids.append(_sbatch(str(folder / file), ids[-1:] or after))
+        new.append(ids[-1])
+    return ids
 
 
 def _refuse_other_settings(jobs: Jobs, scripts: dict[str, dict[str, str]]) -> None:

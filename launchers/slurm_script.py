@@ -74,7 +74,8 @@ def render(pipeline: PipelineConfig, name: str, source: str, overrides: list[str
     """
     kind = type(pipeline.stages[name])
     job = pipeline.slurm.job(name, kind.distributed)
-    words = ["--stage", name, "--config", source, *overrides]
+    # What the job asks for is in the header; for the stage it is nothing.
+    words = ["--stage", name, "--config", source, *(word for word in overrides if not word.startswith("slurm."))]
     command = [*_srun(job), *job.wrapper, *_python(job), *words]
     line = shlex.join(command) + (f' --part "$SLURM_ARRAY_TASK_ID/{parts}"' if parts else "")
     setup = "".join(f"{entry}\n" for entry in ["", *job.setup] if job.setup)

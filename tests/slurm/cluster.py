@@ -48,6 +48,7 @@ ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=60
 KillWait=10
+MinJobAge=3600
 MessageTimeout=20
 BatchStartTimeout=20
 SchedulerType=sched/backfill
