@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,8 +27,8 @@ _ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|
 _LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Jobs = dict[str, dict[str, Any]]
-"""By stage: `scripts`, the digest of its sbatch files, and `jobs`, in order of submission: the `id` of each, and of its
-`tasks` how many were last seen in which state; none of a job that ended and that Slurm has forgotten."""
+"""By stage: `scripts`, the digest of its sbatch files, and `jobs`, in order of submission: `id` and `name` of each, and
+of its `tasks` how many are in which state, as far as is known; none of a job that ended and that Slurm has forgotten."""
 
 
 def submit(pipeline: PipelineConfig, names: list[str], source: str, overrides: list[str], *, dry_run: bool) -> None:
@@ -60,13 +59,9 @@ def submit(pipeline: PipelineConfig, names: list[str], source: str, overrides: l
                     logger.info("%s: in the queue already, %s", name, describe(jobs[name]))
                     continue
                 after = [_last(jobs[parent]) for parent in graph.parents(pipeline, name) if parent in scripts]
-                ids = _submit_files(folder_of(pipeline), files, after, new)
-                jobs[name] = {
-                    "scripts": digest_of(files),
-                    "jobs": [{"id": job, "tasks": {"PENDING": 1}} for job in ids],
-                }
+                jobs[name] = {"scripts": digest_of(files), "jobs": _submit_files(pipeline, files, after, new)}
                 write_json(folder_of(pipeline) / "jobs.json", jobs)
-                logger.info("%s: submitted, job %s", name, " then ".join(ids))
+                logger.info("%s: %s", name, describe(jobs[name]))
         except BaseException:
             if new:  # half a chain helps nobody
                 _call("scancel", *new)
@@ -81,36 +76,35 @@ def cancel(pipeline: PipelineConfig, stage: str | None) -> list[str]:
     jobs = refreshed(pipeline, strictly=True)
     chosen = [name for name, record in jobs.items() if stage in (None, name) and _in_queue(record)]
     if chosen:
-        _call("scancel", *(job["id"] for name in chosen for job in jobs[name]["jobs"]))
+        _call("scancel", *(job["id"] for name in chosen for job in jobs[name]["jobs"] if _is_live(job)))
     return chosen
 
 
 def refreshed(pipeline: PipelineConfig, *, strictly: bool = False) -> Jobs:
-    """The recorded jobs, with the states that Slurm gives them. Where nothing was submitted, Slurm is not asked.
+    """The recorded jobs, in the states that Slurm gives them. Where nothing was submitted, Slurm is not asked.
 
-    strictly: raises VitruvianError where Slurm can't be asked; else the states last seen stand.
+    strictly: raises VitruvianError where Slurm can't be asked; else they stand as submitted.
     """
     path = folder_of(pipeline) / "jobs.json"
     jobs: Jobs = read_json(path) if path.is_file() else {}
     if not strictly and (not jobs or shutil.which("squeue") is None):
         return jobs
     try:
-        lines = _call("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%F|%T|%r").splitlines()
+        lines = _call("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%F|%j|%T|%r").splitlines()
     except VitruvianError:
         if strictly:
             raise
         return jobs
-    seen: dict[str, Counter[str]] = {}
-    for job, state, reason in (line.split("|", 2) for line in lines):
+    seen: dict[tuple[str, str], Counter[str]] = {}
+    for job, name, state, reason in (line.split("|", 3) for line in lines):
         told = f"{state} ({reason})" if state == "PENDING" and reason != "None" else state
-        seen.setdefault(job, Counter())[told] += 1
+        seen.setdefault((job, name), Counter())[told] += 1
     for job in (job for record in jobs.values() for job in record["jobs"]):
-        if job["id"] in seen:
-            job["tasks"] = dict(seen[job["id"]])
+        # With its name: a cluster that was set up anew counts from 1 again.
+        if (job["id"], job["name"]) in seen:
+            job["tasks"] = dict(seen[job["id"], job["name"]])
         elif _is_live(job):
             job["tasks"] = {}
-    if lines:
-        write_json(path, jobs)
     return jobs
 
 
@@ -153,14 +147,18 @@ def _print(pipeline: PipelineConfig, scripts: dict[str, dict[str, str]]) -> None
             typer.echo(f"### {folder_of(pipeline) / file}{', after ' * bool(after)}{', '.join(after)}\n{text}")
 
 
-def _submit_files(folder: Path, files: dict[str, str], after: list[str], new: list[str]) -> list[str]:
-    """Writes and submits a stage's files, one after the other; gives their jobs' ids, which `new` gets as they come."""
-    ids: list[str] = []
+def _submit_files(
+    pipeline: PipelineConfig, files: dict[str, str], after: list[str], new: list[str]
+) -> list[dict[str, Any]]:
+    """Writes and submits a stage's files, each after the one before; gives their jobs, whose ids `new` gets at once."""
+    jobs = []
     for file, text in files.items():
-        write_text(folder / file, text)
-        ids.append(_sbatch(str(folder / file), ids[-1:] or after))
-        new.append(ids[-1])
-    return ids
+        path = folder_of(pipeline) / file
+        write_text(path, text)
+        new.append(_sbatch(str(path), after))
+        after = new[-1:]
+        jobs.append({"id": new[-1], "name": f"{pipeline.name}.{path.stem}", "tasks": {"submitted": 1}})
+    return jobs
 
 
 def _refuse_other_settings(jobs: Jobs, scripts: dict[str, dict[str, str]]) -> None:

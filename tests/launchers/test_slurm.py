@@ -18,6 +18,7 @@ from launchers.slurm_script import folder_of, render, take_ranks
 from pipeline import graph
 from pipeline.config import PipelineConfig, SlurmConfig
 from pipeline.config_file import load_pipeline
+from pipeline.distributed import cores, cores_of_rank
 from pipeline.errors import ConfigError, DataError, VitruvianError
 from pipeline.files import write_json
 from stages import KINDS
@@ -214,10 +215,10 @@ def test_without_slurm_submit_says_so_and_status_does_without(tmp_path: Path, mo
     assert slurm.refreshed(pipeline) == {}
     with pytest.raises(VitruvianError, match="squeue: not found: this machine has no Slurm"):
         slurm.submit(pipeline, ["data"], "demo", [], dry_run=False)
-    recorded = {"data": {"scripts": "x", "jobs": [{"id": "7", "tasks": {"RUNNING": 1}}]}}
+    recorded = {"data": job("7", "demo.data")}
     write_json(folder_of(pipeline) / "jobs.json", recorded)
     assert slurm.refreshed(pipeline) == recorded
-    assert slurm.describe(recorded["data"]) == "7 RUNNING"
+    assert slurm.describe(recorded["data"]) == "7 submitted"
 
 
 def test_missing_raw_data_is_told_before_anything_is_submitted(tmp_path: Path) -> None:
@@ -231,19 +232,25 @@ def test_states_come_from_squeue_and_what_it_has_forgotten_is_not_in_the_queue(
 ) -> None:
     pipeline = demo(tmp_path)
     folder_of(pipeline).mkdir(parents=True)
-    record = {"scripts": "x", "jobs": [{"id": "9", "tasks": {"PENDING": 1}}, {"id": "10", "tasks": {"PENDING": 1}}]}
-    ended = {"scripts": "x", "jobs": [{"id": "3", "tasks": {"COMPLETED": 1}}]}
-    gone = {"scripts": "x", "jobs": [{"id": "4", "tasks": {"RUNNING": 1}}]}
-    write_json(folder_of(pipeline) / "jobs.json", {"shards": record, "data": ended, "mae": gone})
-    lines = ["9|COMPLETED|None", "9|RUNNING|None", "9|RUNNING|None", "10|PENDING|Dependency", "99|RUNNING|None"]
+    shards = {"scripts": "x", "jobs": [*job("9", "demo.shards.parts")["jobs"], *job("10", "demo.shards")["jobs"]]}
+    known = {
+        "shards": shards,
+        "data": job("3", "demo.data"),
+        "mae": job("4", "demo.mae"),
+        "token": job("99", "demo.token"),
+    }
+    write_json(folder_of(pipeline) / "jobs.json", known)
+    parts = [f"9|demo.shards.parts|{state}|None" for state in ("COMPLETED", "RUNNING", "RUNNING")]
+    others = ["10|demo.shards|PENDING|Dependency", "3|demo.data|COMPLETED|None", "99|of another|RUNNING|None"]
+    lines = [*parts, *others]
     fake_commands(tmp_path, monkeypatch, squeue="printf '%s\\n' " + shlex.join(lines))
     jobs = slurm.refreshed(pipeline)
-    assert slurm.describe(jobs["shards"]) == "9 COMPLETED 1, RUNNING 2; 10 PENDING (Dependency)"
-    assert slurm.describe(jobs["data"]) == "3 COMPLETED"
-    assert slurm.describe(jobs["mae"]) == "4 ended"
-    assert [slurm._in_queue(jobs[name]) for name in ("shards", "data", "mae")] == [True, False, False]
+    told = {name: slurm.describe(record) for name, record in jobs.items()}
+    assert told["shards"] == "9 COMPLETED 1, RUNNING 2; 10 PENDING (Dependency)"
+    assert (told["data"], told["mae"], told["token"]) == ("3 COMPLETED", "4 ended", "99 ended")
+    assert [name for name in jobs if slurm._in_queue(jobs[name])] == ["shards"]
     fake_commands(tmp_path, monkeypatch, squeue="echo 'no controller' >&2; exit 1")
-    assert slurm.refreshed(pipeline) == jobs
+    assert slurm.refreshed(pipeline) == known
     with pytest.raises(VitruvianError, match="squeue failed: no controller"):
         slurm.refreshed(pipeline, strictly=True)
 
@@ -259,6 +266,11 @@ def test_variables_of_a_surrounding_job_do_not_reach_the_new_one(
     assert slurm._sbatch("file", ["1", "2", "1"]) == "12"
     seen = Path("seen").read_text()
     assert "foreign" not in seen and "SLURM_CONF=/kept" in seen and "OF_THE_USER=kept" in seen
+
+
+def job(number: str, name: str) -> dict[str, Any]:
+    """The record of a stage with one job, as `submit` writes it."""
+    return {"scripts": "x", "jobs": [{"id": number, "name": name, "tasks": {"submitted": 1}}]}
 
 
 def fake_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **bodies: str) -> None:
@@ -337,6 +349,14 @@ def test_ranks_come_from_srun(monkeypatch: pytest.MonkeyPatch) -> None:
         os.environ.clear()
         os.environ.update(before)
     assert found == ["3", "1", "4", "2"]
+
+
+def test_a_process_bound_to_cores_of_its_own_uses_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(own))
+    for on_node, expected in ((str(own), 1), (str(2 * own), own)):
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", on_node)
+        assert cores_of_rank(own) == expected
 
 
 def test_cancel_refuses_an_unknown_stage(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 Every node is a slurmd of this machine with more cores than there are. Nothing is written outside one folder, nothing
 listens beyond loopback, and every process is ended by an id that was started here.
+
+python -m tests.slurm.cluster NODES COMMAND...    runs a command with such a cluster, and ends the cluster after it
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -232,3 +235,21 @@ def _descendants(pid: int) -> Iterator[int]:
                 if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
                     yield from _descendants(int(entry.name))
                     yield int(entry.name)
+
+
+def main() -> int:
+    """Runs the command of the command line; gives its exit code."""
+    reason = why_not()
+    if reason:
+        sys.exit(reason)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    cluster = Cluster(int(sys.argv[1]))
+    try:
+        cluster.start()
+        return subprocess.run(sys.argv[2:], env=cluster.environment).returncode
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
