@@ -22,12 +22,15 @@ asked= step=
 trap 'asked=yes; [ -z "$step" ] || kill -USR1 "$step"' USR1
 trap 'asked=yes' TERM
 
-# Back to the queue, if Slurm asked to stop. A job that was cancelled, or lost a node, is not RUNNING any more.
+# True if the stage ended because Slurm asked it to, perhaps by a signal to its processes alone.
+interrupted() {{
+  [[ $code -eq {stopped} || $code -ge 128 ]] &&
+    [[ -n $asked || $(scontrol show job -o "$job") == *" PreemptTime="[0-9]* ]]
+}}
+
 requeue() {{
-  local state
-  state=$(scontrol show job -o "$job") || return
-  [[ $state == *" JobState=RUNNING "* ]] || return
-  [[ -n $asked || $state == *" PreemptTime="[0-9]* ]] || return
+  # A job that was cancelled, or that lost a node, is not RUNNING any more.
+  [[ $(scontrol show job -o "$job") == *" JobState=RUNNING "* ]] || return
   if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_requeues} ]; then
     echo "went back to the queue {max_requeues} times (slurm.max_requeues): submit again to go on" >&2
     return 1
@@ -46,7 +49,7 @@ if [ -z "$asked" ]; then
   wait "$step"
   code=$?
 fi
-if [ "$code" -eq {stopped} ] || [ "$code" -ge 128 ]; then
+if interrupted; then
   requeue && exit 0
 fi
 exit "$code"
@@ -58,7 +61,7 @@ _RENDEZVOUS = """\
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-export MASTER_ADDR MASTER_PORT
+export MASTER_ADDR=${MASTER_ADDR:-$first} MASTER_PORT
 """
 
 

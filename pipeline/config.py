@@ -73,8 +73,11 @@ class SlurmJob(Strict):
     """What a Slurm job asks for. An unset key is not in the sbatch file: the cluster's own default holds."""
 
     partition: _Word | None = None
+    """Partition, or several with commas."""
     account: _Word | None = None
+    """Who is charged."""
     qos: _Word | None = None
+    """Quality of service."""
     nodes: int = Field(1, ge=1)
     """Nodes of a training stage."""
     processes_per_node: int | None = Field(None, ge=1)

@@ -148,12 +148,15 @@ class Cluster:
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
     def kill_node(self, node: str) -> None:
-        """Everything of a node dies at once, and the controller learns it."""
+        """Everything of a node dies at once. The controller finds out by itself, in a minute or two."""
         victims = [self._daemons[node].pid, *(pid for pid in self._ours() if _holds(pid, f"slurmd.{node}.log"))]
         for pid in [process for victim in victims for process in (victim, *_descendants(victim))]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._daemons.pop(node).wait()
+
+    def declare_lost(self, node: str) -> None:
+        """Tells the controller."""
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def stop(self) -> None:
@@ -163,7 +166,7 @@ class Cluster:
             if jobs:
                 self.call("scancel", "-s", "KILL", "--full", *sorted(set(jobs)))
                 wait_until(lambda: not self.call("squeue", "-h").strip(), 5, "the end of the jobs")
-        left = self._ours() - {daemon.pid for daemon in self._daemons.values()}
+        left = self._ours()
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -190,13 +193,15 @@ class Cluster:
             )
 
     def _ours(self) -> set[int]:
-        """Processes of this cluster: their environment names its folder. slurmstepd is no child of slurmd."""
+        """The jobs' processes, by their environment: slurmstepd is no child of slurmd, and may leave children behind."""
         mark = f"SLURM_CONF={self.root / 'slurm.conf'}".encode()
         found = set()
         for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and int(entry.name) != os.getpid():
+            if entry.name.isdecimal():
                 with contextlib.suppress(OSError):
-                    if mark in (entry / "environ").read_bytes().split(b"\0"):
+                    variables = (entry / "environ").read_bytes().split(b"\0")
+                    of_a_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
+                    if mark in variables and (of_a_job or (entry / "comm").read_text().strip() == "slurmstepd"):
                         found.add(int(entry.name))
         return found
 
