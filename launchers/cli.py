@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launchers import slurm
 from launchers.console import setup_logging, table
 from pipeline import graph
 from pipeline.config import PipelineConfig
@@ -80,14 +81,44 @@ def run(
 
 @app.command()
 def status(pipeline: PipelineArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show every stage of a pipeline: what it would do next, how far it is, where it lies."""
+    """Show every stage of a pipeline: what it would do next, how far it is, its Slurm job, where it lies."""
     config = load_pipeline(pipeline, overrides or [], KINDS)
     rows = [_status_row(stage) for stage in graph.plan(config).values()]
+    columns = ["stage", "kind", "state", "step", "run directory"]
+    if jobs := slurm.refreshed(config):
+        columns.insert(4, "job")
+        for row in rows:
+            row["job"] = slurm.describe(jobs[row["stage"]]) if row["stage"] in jobs else "-"
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return
-    columns = ["stage", "kind", "state", "step", "run directory"]
     table(f"{config.name} in {config.workspace}", columns, [[row[column] for column in columns] for row in rows])
+
+
+@app.command()
+def submit(
+    pipeline: PipelineArgument,
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="End after this stage and what it needs.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Print the sbatch files, submit nothing.")] = False,
+) -> None:
+    """Run a pipeline on Slurm: a job a stage, each after those it reads from. Finished stages get no job."""
+    config = load_pipeline(pipeline, overrides or [], KINDS)
+    slurm.submit(config, _choose(config, None, until, None), pipeline, overrides or [], dry_run=dry_run)
+
+
+@app.command()
+def cancel(
+    pipeline: PipelineArgument,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Just this stage, and the jobs that wait for it.")] = None,
+) -> None:
+    """Cancel a pipeline's Slurm jobs. What is finished or saved stays, and `submit` goes on from there."""
+    config = load_pipeline(pipeline, overrides or [], KINDS)
+    if stage is not None and stage not in config.stages:
+        raise ConfigError(f"--stage: no stage {stage!r}{did_you_mean(stage, list(config.stages))}")
+    cancelled = slurm.cancel(config, stage)
+    typer.echo(f"cancelled: {', '.join(cancelled)}" if cancelled else "no job waits or runs")
 
 
 @app.command()

@@ -19,6 +19,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launchers.console import setup_logging
+from launchers.slurm_script import take_ranks
 from pipeline import graph
 from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig
@@ -26,7 +27,7 @@ from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.context import Context
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan
-from pipeline.status import Status, held
+from pipeline.status import Status, held, held_part
 from pipeline.tracking import Tracker, download, sync, tracking_uri
 from stages import KINDS, module_of
 
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--config", default="demo", help="pipeline YAML, or the name of a shipped preset (default: demo)"
     )
     found.add_argument("--fresh", action="store_true", help="run again from the start; the old run is kept aside")
+    found.add_argument("--part", metavar="I/N", help="make only part I of N (from 0) of the shards; publish nothing")
     found.add_argument("--dry-run", action="store_true", help="check everything, print sizes and steps, start nothing")
     found.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     found.add_argument(
@@ -76,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     # Compilers of extensions are looked up on PATH; a virtual environment need not be activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    _take_slurm_ranks()
+    take_ranks()
     setup_logging(rank())
     try:
         pipeline = load_pipeline(options.config, options.overrides, KINDS)
@@ -89,6 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
 
                 print_dry_run(pipeline, [options.stage])
             return EXIT_DONE
+        if options.part is not None:
+            return run_part(pipeline, options.stage, options.config, options.overrides, options.part)
         return run(pipeline, options.stage, options.config, options.overrides, fresh=options.fresh)
     except VitruvianError as error:
         # A mistake in config or data is every rank's: one line is enough.
@@ -116,6 +120,31 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
     if rank() > 0 and not distributed:
         return EXIT_DONE
     return _execute(pipeline, stage, tags, distributed)
+
+
+def run_part(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], part: str) -> int:
+    """Makes part `I/N` of a stage's work, beside the processes that make the others; a whole run publishes it later."""
+    from pipeline.distributed import world_from_environment
+
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError(f"--part: expected I/N with I from 0 to N - 1, such as 0/4, found {part!r}")
+    if not type(pipeline.stages[name]).divisible:
+        raise ConfigError(f"--part: stage {name!r} of kind {pipeline.stages[name].kind!r} can't be made in parts")
+    stage = _ready(pipeline, name, config, overrides, fresh=False)
+    if stage.state == "done":
+        logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
+        return EXIT_DONE
+    assert stage.run_dir is not None
+    place = (int(number), int(count))
+    with held_part(stage.run_dir, place):
+        logger.info("%s: part %s (%s)", name, part, stage.run_dir)
+        stop, heartbeat = _signs(pipeline, stage.run_dir, place[0], distributed=False)
+        tracker, status = Tracker(pipeline, None, name, {}, {}, []), Status(stage.run_dir, writes=False)
+        world = world_from_environment(pipeline.runtime)
+        context = Context(pipeline, stage, world, tracker, status, stop, heartbeat, place)
+        module_of(stage.config.kind).run(context, stage.config)
+    return EXIT_DONE
 
 
 def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], distributed: bool) -> int:
@@ -173,13 +202,18 @@ def _signs(
 
 
 def _ended_badly(stage: StagePlan, status: Status, tracker: Tracker, error: BaseException) -> int:
-    """Records how a stage ended. Raises the user's errors again, logs the others with their traceback."""
-    if isinstance(error, KeyboardInterrupt):
+    """Records how a stage ended, collectively where all were asked to stop; raises the user's errors again."""
+    from pipeline.distributed import leave_process_group
+
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if interrupted:
         error = Stopped("interrupted; the same command goes on from the last resume point")
     stopped = isinstance(error, Stopped)
     code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
     status.ended("stopped" if stopped else "failed", code, str(error))
     tracker.finish("KILLED" if stopped else "FAILED")
+    if isinstance(error, Stopped) and not interrupted:
+        leave_process_group()  # together: a launcher takes the first to leave for a failure, and kills the others
     if isinstance(error, VitruvianError):
         raise error
     logger.error("%s failed", stage.name, exc_info=error)
@@ -276,18 +310,6 @@ def _set_aside(stage: StagePlan) -> None:
         count = len(list(stage.run_dir.parent.glob(f"{stage.run_dir.name}.old-*")))
         stage.run_dir.rename(stage.run_dir.with_name(f"{stage.run_dir.name}.old-{count + 1}"))
         logger.info("%s: the old run was moved to %s.old-%d", stage.name, stage.run_dir, count + 1)
-
-
-def _take_slurm_ranks() -> None:
-    """Under srun, which starts one task a process: its numbers are the ranks. MASTER_ADDR is the caller's to set."""
-    if (
-        "SLURM_STEP_ID" in os.environ
-        and "RANK" not in os.environ
-        and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    ):
-        names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
-        os.environ |= {name: os.environ[slurm] for name, slurm in names.items()}
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
 
 
 def rank() -> int:

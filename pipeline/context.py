@@ -32,6 +32,8 @@ class Context:
     stop: "StopRequest | None"
     """None where signals end the stage at once."""
     heartbeat: "Heartbeat"
+    part: tuple[int, int] | None = None
+    """(I, N): only part I of N of a divisible stage's work is wanted, and nothing is published."""
 
     def tick(self) -> None:
         """Collective. For evaluation loops, once a batch: a sign of life. Raises Stopped if a rank was asked to stop."""

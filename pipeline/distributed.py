@@ -44,7 +44,7 @@ def world_from_environment(runtime: RuntimeConfig) -> World:
     cuda = torch.cuda.is_available() and runtime.device != "cpu"
     if runtime.device == "cuda" and not cuda:
         raise ConfigError("runtime.device: cuda was asked for, but torch finds no CUDA device; use runtime.device=cpu")
-    torch.set_num_threads(runtime.threads or max(1, cores() // local_world_size(size)))
+    torch.set_num_threads(runtime.threads or cores_of_rank(size))
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others, and warns
     # Moments of tiny gradients are denormal numbers, on which a CPU is many times slower.
@@ -68,6 +68,13 @@ def local_world_size(world_size: int) -> int:
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def cores_of_rank(world_size: int) -> int:
+    """A rank's share of the cores; under Slurm, which may bind each process to cores of its own, all of those."""
+    own = cores()
+    bound = own < int(os.environ.get("SLURM_CPUS_ON_NODE", "0"))
+    return own if bound else max(1, own // local_world_size(world_size))
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

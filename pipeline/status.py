@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.errors import ConfigError
 from pipeline.files import read_json, write_json
@@ -48,18 +48,42 @@ def held(run_dir: Path) -> Iterator[None]:
     Raises ConfigError that says who holds it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / "lock").open("a+", encoding="utf-8") as lock:
+    with _locked(run_dir / "lock", fcntl.LOCK_EX) as lock:
+        _sign(lock, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+
+
+@contextmanager
+def held_part(run_dir: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Holds part I of N of a run directory's work, beside the holders of other parts; nobody holds the whole meanwhile.
+
+    Raises ConfigError that says who holds it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    name = f"lock-{part[0]}-of-{part[1]}"
+    with _locked(run_dir / "lock", fcntl.LOCK_SH) as whole, _locked(run_dir / name, fcntl.LOCK_EX) as own:
+        _sign(whole, "the jobs that make its parts")
+        _sign(own, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[TextIO]:
+    with path.open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
             raise ConfigError(
-                f"{run_dir}: is being run by {lock.read().strip() or 'another process'}; wait or stop it"
+                f"{path.parent}: is being run by {lock.read().strip() or 'another process'}; wait or stop it"
             ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        yield
+        yield lock
+
+
+def _sign(lock: TextIO, holder: str) -> None:
+    lock.truncate(0)
+    lock.write(f"{holder}\n")
+    lock.flush()
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection
 from pipeline.data.loader import TrainSet, make_loader
 from pipeline.data.order import Order
-from pipeline.distributed import World, cores, local_world_size
+from pipeline.distributed import World, cores_of_rank
 from pipeline.engine import Batch, Engine, to_device
 from pipeline.errors import ConfigError, VitruvianError
 from pipeline.hooks import (
@@ -173,7 +173,7 @@ def loader_workers(asked: int | None, world: World) -> int:
     if asked is not None:
         return asked
     most = 8 if world.device.type == "cuda" else 1
-    return min(most, max(1, cores() // local_world_size(world.size)))
+    return min(most, cores_of_rank(world.size))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ class Config(StageConfig):
     """Shards of person crops."""
 
     prepares: ClassVar[bool] = True
+    divisible: ClassVar[bool] = True
 
     kind: Literal["shards"]
     inputs: Inputs
@@ -55,7 +56,7 @@ class Config(StageConfig):
 
 
 def run(context: Context, config: Config) -> None:
-    """Makes the missing shards, on all cores, and publishes."""
+    """Makes the missing shards, or those of one part, on all cores that this process may use; publishes the whole."""
     from pipeline.data.sharding import make_shards, write_description
 
     work = context.run_dir / "work"
@@ -71,8 +72,11 @@ def run(context: Context, config: Config) -> None:
         measured_people=config.measured_people,
         augmentation=config.measured_augmentation,
         output=f"{config.output.rstrip('/')}/{context.run_dir.name}" if config.output else None,
-        workers=context.pipeline.runtime.workers or os.cpu_count() or 1,
+        workers=context.pipeline.runtime.workers or len(os.sched_getaffinity(0)),
+        part=context.part,
     )
+    if context.part is not None:
+        return
 
     context.publish(
         lambda staged: write_description(work, staged, report),

@@ -33,11 +33,11 @@ class Config(StageConfig):
 
 
 def run(context: Context, config: Config) -> None:
-    """Draws all images, on all cores."""
+    """Draws all images, on all cores that this process may use."""
     work = context.run_dir / "work"
     shutil.rmtree(work, ignore_errors=True)
     with progress("drawing people") as report:
-        counts = generate(work, config.people, seed=context.seed, workers=os.cpu_count() or 1, progress=report)
+        counts = generate(work, config.people, seed=context.seed, workers=len(os.sched_getaffinity(0)), progress=report)
     metrics = {name: float(value) for name, value in counts.items()}
     context.publish(
         lambda staged: work.rename(staged / "raw"),

@@ -102,9 +102,12 @@ def make_shards(
     augmentation: PoseAugmentation,
     output: str | None,
     workers: int,
+    part: tuple[int, int] | None = None,
 ) -> ShardsReport:
     """Makes the shards that are missing below `work` (or at the URL `output`).
 
+    part: (I, N) makes only every N-th shard from number I on, beside other processes that make the others, and leaves
+    summing up to a later call without it: the report then holds no shards.
     Raises DataError where more than `max_bad_fraction` of the people can't be read; each is named in the log.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -138,7 +141,9 @@ def make_shards(
             )
             for number, start in enumerate(range(0, len(people), samples_per_shard))
         ]
-        _run(pool, tasks)
+        _run(pool, tasks if part is None else tasks[part[0] :: part[1]])
+    if part is not None:
+        return report
     _sum_up(report, tasks)
     if report.unreadable > max_bad_fraction * len(people):
         for task in tasks:  # the images may be repaired: the next run looks at them again

@@ -74,6 +74,23 @@ def _bytes(work: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((work / "shards").iterdir())}
 
 
+def test_parts_make_every_shard_once_and_the_whole_sums_them_up(root: Path, tmp_path: Path) -> None:
+    whole = _make(tmp_path / "whole", root)
+    assert len(whole.shards) == 3
+    for part, expected in ((1, {1}), (0, {0, 2})):
+        before = set((tmp_path / "parts").glob("report-*.json"))
+        assert _make(tmp_path / "parts", root, part=(part, 2)).shards == []
+        made = set((tmp_path / "parts").glob("report-*.json")) - before
+        assert made == {tmp_path / "parts" / f"report-{number:06d}.json" for number in expected}
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "shards").iterdir()}
+    summed = _make(tmp_path / "parts", root)
+    assert (summed.shards, summed.samples) == (whole.shards, whole.samples)
+    assert _bytes(tmp_path / "parts") == _bytes(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "parts" / "shards").iterdir()} == written
+    assert _make(tmp_path / "few", root, part=(5, 7)).shards == []
+    assert not list((tmp_path / "few").glob("report-*"))
+
+
 def test_the_same_bytes_whatever_the_number_of_processes_and_after_a_resume(root: Path, tmp_path: Path) -> None:
     _make(tmp_path / "one", root)
     _make(tmp_path / "two", root, workers=2)

@@ -148,8 +148,14 @@ def test_status_says_what_each_stage_would_do(
         "run directory": str(data.run_dir),
     }
     assert rows["mae"]["state"] == "waiting" and rows["mae"]["run directory"] == "for shards"
+    record = {"scripts": "x", "jobs": [{"id": "7", "name": "demo.data", "tasks": {"submitted": 1}}]}
+    (demo.workspace / "demo" / "slurm").mkdir()
+    write_json(demo.workspace / "demo" / "slurm" / "jobs.json", {"data": record})
+    monkeypatch.setenv("PATH", "/without/slurm")
+    code, out, _ = call(capsys, monkeypatch, "status", "demo", f"workspace={demo.workspace}", "--json")
+    assert [row["job"] for row in json.loads(out)][:2] == ["7 submitted", "-"]
     code, out, _ = call(capsys, monkeypatch, "status", "demo", f"workspace={demo.workspace}")
-    assert code == 0 and "resume (running)" in out and "student_alone" in out
+    assert code == 0 and "resume (running)" in out and "7 submitted" in out and "student_alone" in out
 
 
 def finish(run_dir: Path, table: dict[str, Any] | None = None) -> None:
@@ -240,7 +246,7 @@ def test_only_rank_0_tells_its_progress_and_all_of_it_is_on_file(
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = call(capsys, monkeypatch, "--help")
-    assert code == 0 and all(word in out for word in ("run", "status", "predict", "data"))
+    assert code == 0 and all(word in out for word in ("run", "status", "submit", "cancel", "predict", "data"))
     code, out, _ = call(capsys, monkeypatch, "run", "--help")
     assert code == 0 and all(
         word in out for word in ("--from", "--until", "--only", "--fresh", "--dry-run", "key=value")

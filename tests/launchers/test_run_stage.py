@@ -16,8 +16,9 @@ from launchers import run_stage
 from pipeline import graph
 from pipeline.artifacts import publish
 from pipeline.config_file import load_pipeline
-from pipeline.errors import VitruvianError
+from pipeline.errors import ConfigError, VitruvianError
 from pipeline.graph import StagePlan
+from pipeline.status import held, held_part
 from stages import KINDS
 
 SCRIPT = Path(run_stage.__file__).resolve()
@@ -258,3 +259,29 @@ def test_help_teaches_by_examples_and_exit_codes(capsys: pytest.CaptureFixture[s
     assert caught.value.code == 0
     for word in ("deepspeed launchers/run_stage.py --stage mae", "75 stopped on request", "key=value"):
         assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--stage", "shards", "--part", "4/4"],
+            "--part: expected I/N with I from 0 to N - 1, such as 0/4, found '4/4'",
+        ),
+        (["--stage", "shards", "--part", "1"], "--part: expected I/N"),
+        (["--stage", "mae", "--part", "0/4"], "--part: stage 'mae' of kind 'mae' can't be made in parts"),
+    ],
+)
+def test_a_wrong_part_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    code, line = call(capsys, *arguments)
+    assert code == 2 and line.startswith(f"error: {said}")
+
+
+def test_parts_are_held_beside_each_other_but_not_beside_the_whole(tmp_path: Path) -> None:
+    with held_part(tmp_path, (0, 2)), held_part(tmp_path, (1, 2)):
+        with pytest.raises(ConfigError, match="is being run by the jobs that make its parts"), held(tmp_path):
+            pass
+        with pytest.raises(ConfigError, match=f"process {os.getpid()}"), held_part(tmp_path, (0, 2)):
+            pass
+    with held(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()}"), held_part(tmp_path, (0, 2)):
+        pass
