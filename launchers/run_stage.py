@@ -18,13 +18,23 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launchers.console import setup_logging
+from launchers.storage import fetch_stored, take_over
 from pipeline import graph
 from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.context import Context
-from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_USER,
+    ArtifactError,
+    ConfigError,
+    Stopped,
+    VitruvianError,
+)
 from pipeline.graph import StagePlan
+from pipeline.run_storage import RunStorage
 from pipeline.status import Status, held
 from pipeline.tracking import Tracker, download, sync, tracking_uri
 from stages import KINDS, module_of
@@ -98,7 +108,7 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
     """Skips, resumes or starts one stage, after making the data that it lacks."""
     stage = _ready(pipeline, name, config, overrides, fresh)
     if fresh:
-        _set_aside(stage)
+        _set_aside(pipeline, stage)
     assert stage.run_dir is not None and stage.fingerprint is not None
     tags = {"fingerprint": stage.fingerprint, "stage": name, "kind": stage.config.kind, "pipeline": pipeline.name}
     tags |= {f"parent.{label}": source.digest or "" for label, source in stage.inputs.items()}
@@ -106,6 +116,8 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
         logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
         if rank() == 0:
             sync(pipeline, stage.run_dir, name, tags, stage.parameters, stage.datasets)
+            if storage := RunStorage.of(pipeline, stage):
+                storage.upload_artifact()
         return EXIT_DONE
     distributed = type(stage.config).distributed
     if rank() > 0 and not distributed:
@@ -115,38 +127,50 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
 
 def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], distributed: bool) -> int:
     """Runs a stage on this rank; rank 0 holds the run directory."""
-    from pipeline.distributed import leave_process_group, world_from_environment
+    from pipeline.distributed import broadcast_object, leave_process_group, world_from_environment
 
     assert stage.run_dir is not None
     world = world_from_environment(pipeline.runtime)
     setup_logging(world.rank, stage.run_dir)
+    storage = RunStorage.of(pipeline, stage) if world.is_main else None
     with held(stage.run_dir) if world.is_main else nullcontext():
         if world.is_main:
             graph.record_identity(stage)
             (stage.run_dir / "STOP").unlink(missing_ok=True)
+        if storage is not None:
+            stage = take_over(pipeline, stage, storage)
         if distributed:
             from pipeline.engine import start_process_group
 
             start_process_group(world)
+        status = Status(stage.run_dir, world.is_main)
+        if pipeline.storage.url is not None and broadcast_object(stage.state) == "done":
+            leave_process_group()
+            status.ended("done", EXIT_DONE)
+            logger.info("%s: skipped, %s (%s)", stage.name, stage.reason, stage.run_dir)
+            return EXIT_DONE
         verb = "resumes" if stage.state == "resume" else "starts"
         logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
-        status = Status(stage.run_dir, world.is_main)
         where = stage.run_dir if world.is_main else None
         tracker = Tracker(pipeline, where, stage.name, tags, stage.parameters, stage.datasets)
         try:
             if not distributed:
                 tracker.start(0)
-            module_of(stage.config.kind).run(Context(pipeline, stage, world, tracker, status), stage.config)
+            module_of(stage.config.kind).run(Context(pipeline, stage, world, tracker, status, storage), stage.config)
         except BaseException as error:
-            return _ended_badly(stage, status, tracker, error)
+            return _ended_badly(stage, status, tracker, storage, error)
         leave_process_group()  # the others need not wait for rank 0's upload
         status.ended("done", EXIT_DONE)
         tracker.finish("FINISHED", stage.run_dir / "artifact")
+        if storage is not None:
+            storage.upload_artifact()
         logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
     return EXIT_DONE
 
 
-def _ended_badly(stage: StagePlan, status: Status, tracker: Tracker, error: BaseException) -> int:
+def _ended_badly(
+    stage: StagePlan, status: Status, tracker: Tracker, storage: RunStorage | None, error: BaseException
+) -> int:
     """Records how a stage ended. Raises the user's errors again, logs the others with their traceback."""
     if isinstance(error, KeyboardInterrupt):
         error = Stopped("interrupted; the same command goes on from the last resume point")
@@ -154,6 +178,8 @@ def _ended_badly(stage: StagePlan, status: Status, tracker: Tracker, error: Base
     code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
     status.ended("stopped" if stopped else "failed", code, str(error))
     tracker.finish("KILLED" if stopped else "FAILED")
+    if storage is not None:
+        storage.stop()
     if isinstance(error, VitruvianError):
         raise error
     logger.error("%s failed", stage.name, exc_info=error)
@@ -181,7 +207,7 @@ def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str
         elif prepares:
             logger.info("%s needs %s: making it first (%s)", name, missing.name, missing.reason)
             _run_alone(missing.name, config, overrides)
-        elif not _fetch(pipeline, missing):
+        elif not fetch_stored(pipeline, missing) and not _fetch(pipeline, missing):
             words = shlex.join([*overrides])
             raise ArtifactError(
                 f"stage {name!r} needs the artifact of {missing.name!r}, which has not finished "
@@ -243,9 +269,11 @@ def _fetch_named(pipeline: PipelineConfig, plans: dict[str, StagePlan]) -> bool:
     return bool(runs)
 
 
-def _set_aside(stage: StagePlan) -> None:
-    """Renames an existing run directory, so that the stage starts over and nothing is lost."""
+def _set_aside(pipeline: PipelineConfig, stage: StagePlan) -> None:
+    """Renames an existing run directory, here and in the storage, so that the stage starts over and nothing is lost."""
     assert stage.run_dir is not None
+    if rank() == 0 and (storage := RunStorage.of(pipeline, stage)):
+        storage.set_aside()
     if rank() == 0 and stage.run_dir.exists():
         count = len(list(stage.run_dir.parent.glob(f"{stage.run_dir.name}.old-*")))
         stage.run_dir.rename(stage.run_dir.with_name(f"{stage.run_dir.name}.old-{count + 1}"))
