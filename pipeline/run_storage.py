@@ -100,6 +100,7 @@ class RunStorage:
 
     def upload_artifact(self) -> None:
         """Copies the finished artifact, within a bound of time; failing that, the same command does it later."""
+        self._drop_waiting()  # a resume point is of little use now
         if self.has_artifact():
             return
         size = sum(path.stat().st_size for path in (self._run_dir / "artifact").rglob("*") if path.is_file())
@@ -172,9 +173,8 @@ class RunStorage:
         except OSError as error:  # a full disk, after the point itself was saved
             logger.warning("storage: the resume point of step %d is not copied: %s", step_of(point), error)
             return
+        self._drop_waiting()
         with self._lock:
-            if self._next is not None:
-                shutil.rmtree(self._next)
             self._next = snapshot
             if self._thread is None:
                 self._thread = threading.Thread(target=self._send_all, name="storage-resume", daemon=True)
@@ -192,6 +192,12 @@ class RunStorage:
                 self.url,
                 self._asked_step,
             )
+
+    def _drop_waiting(self) -> None:
+        with self._lock:
+            if self._next is not None:
+                shutil.rmtree(self._next)
+            self._next = None
 
     def _steps(self) -> list[int]:
         """Of the whole points in the storage, ascending."""
