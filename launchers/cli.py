@@ -22,6 +22,7 @@ from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
 from pipeline.files import read_json
 from pipeline.graph import StagePlan
 from pipeline.heartbeat import LAUNCHER_VARIABLE
+from pipeline.run_storage import RunStorage
 from pipeline.status import read_status
 from pipeline.tracking import is_synced
 from stages import KINDS
@@ -67,7 +68,7 @@ def run(
         return
     for name in chosen:
         stage = graph.plan(config, [name], fresh=fresh)[name]
-        if stage.state == "done" and is_synced(config, stage.run_dir):
+        if stage.state == "done" and is_synced(config, stage.run_dir) and _is_stored(config, stage):
             logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
             continue
         command = _command(config, name, [pipeline, *(overrides or [])], fresh)
@@ -178,6 +179,11 @@ def _choose(config: PipelineConfig, start: str | None, until: str | None, only: 
     if start is not None:
         chosen = [name for name in chosen if name == start or start in graph.ancestors(config, name)]
     return chosen
+
+
+def _is_stored(config: PipelineConfig, stage: StagePlan) -> bool:
+    storage = RunStorage.of(config, stage)
+    return storage is None or storage.has_artifact()
 
 
 def _command(config: PipelineConfig, name: str, arguments: list[str], fresh: bool) -> list[str]:

@@ -6,38 +6,27 @@ deepspeed [--num_gpus N] launchers/run_stage.py --stage NAME [--config FILE] [ke
 import argparse
 import logging
 import os
-import shlex
-import signal
-import subprocess
 import sys
-import time
-from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launchers.console import setup_logging
+from launchers.execution import execute, execute_part
+from launchers.inputs import rank, ready
 from launchers.slurm_script import take_ranks
-from pipeline import graph
-from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
-from pipeline.context import Context
-from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
+from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan
-from pipeline.status import Status, held, held_part
-from pipeline.tracking import Tracker, download, sync, tracking_uri
-from stages import KINDS, module_of
-
-if TYPE_CHECKING:
-    from pipeline.heartbeat import Heartbeat
-    from pipeline.stopping import StopRequest
+from pipeline.run_storage import RunStorage
+from pipeline.tracking import sync
+from stages import KINDS
 
 logger = logging.getLogger("vitruvian")
 
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _DESCRIPTION = "Run one stage of a pipeline. The same command skips a finished stage and resumes an unfinished one."
 _EPILOG = """examples:
   deepspeed launchers/run_stage.py --stage mae                        the demo's pretraining, on what there is
@@ -105,9 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], *, fresh: bool = False) -> int:
     """Skips, resumes or starts one stage, after making the data that it lacks."""
-    stage = _ready(pipeline, name, config, overrides, fresh)
+    stage = ready(pipeline, name, config, overrides, fresh)
     if fresh:
-        _set_aside(stage)
+        _set_aside(pipeline, stage)
     assert stage.run_dir is not None and stage.fingerprint is not None
     tags = {"fingerprint": stage.fingerprint, "stage": name, "kind": stage.config.kind, "pipeline": pipeline.name}
     tags |= {f"parent.{label}": source.digest or "" for label, source in stage.inputs.items()}
@@ -115,206 +104,37 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
         logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
         if rank() == 0:
             sync(pipeline, stage.run_dir, name, tags, stage.parameters, stage.datasets)
+            if storage := RunStorage.of(pipeline, stage):
+                storage.upload_artifact()
         return EXIT_DONE
-    distributed = type(stage.config).distributed
-    if rank() > 0 and not distributed:
+    if rank() > 0 and not type(stage.config).distributed:
         return EXIT_DONE
-    return _execute(pipeline, stage, tags, distributed)
+    return execute(pipeline, stage, tags)
 
 
 def run_part(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], part: str) -> int:
-    """Makes part `I/N` of a stage's work, beside the processes that make the others; a whole run publishes it later."""
-    from pipeline.distributed import world_from_environment
-
+    """Makes part `I/N` of a stage's work; a whole run publishes it later."""
     number, _, count = part.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise ConfigError(f"--part: expected I/N with I from 0 to N - 1, such as 0/4, found {part!r}")
     if not type(pipeline.stages[name]).divisible:
         raise ConfigError(f"--part: stage {name!r} of kind {pipeline.stages[name].kind!r} can't be made in parts")
-    stage = _ready(pipeline, name, config, overrides, fresh=False)
+    stage = ready(pipeline, name, config, overrides, fresh=False)
     if stage.state == "done":
         logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
         return EXIT_DONE
+    return execute_part(pipeline, stage, (int(number), int(count)))
+
+
+def _set_aside(pipeline: PipelineConfig, stage: StagePlan) -> None:
+    """Renames an existing run directory, here and in the storage, so that the stage starts over and nothing is lost."""
     assert stage.run_dir is not None
-    place = (int(number), int(count))
-    with held_part(stage.run_dir, place):
-        logger.info("%s: part %s (%s)", name, part, stage.run_dir)
-        stop, heartbeat = _signs(pipeline, stage.run_dir, place[0], distributed=False)
-        tracker, status = Tracker(pipeline, None, name, {}, {}, []), Status(stage.run_dir, writes=False)
-        world = world_from_environment(pipeline.runtime)
-        context = Context(pipeline, stage, world, tracker, status, stop, heartbeat, place)
-        module_of(stage.config.kind).run(context, stage.config)
-    return EXIT_DONE
-
-
-def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], distributed: bool) -> int:
-    """Runs a stage on this rank; rank 0 holds the run directory."""
-    from pipeline.distributed import leave_process_group, world_from_environment
-
-    assert stage.run_dir is not None
-    world = world_from_environment(pipeline.runtime)
-    setup_logging(world.rank, stage.run_dir)
-    with held(stage.run_dir) if world.is_main else nullcontext():
-        stop, heartbeat = _signs(pipeline, stage.run_dir, world.rank, distributed)
-        if world.is_main:
-            graph.record_identity(stage)
-            (stage.run_dir / "STOP").unlink(missing_ok=True)
-        status = Status(stage.run_dir, world.is_main)
-        where = stage.run_dir if world.is_main else None
-        tracker = Tracker(pipeline, where, stage.name, tags, stage.parameters, stage.datasets)
-        try:
-            if distributed:
-                from pipeline.engine import start_process_group
-
-                start_process_group(world, heartbeat.limit)
-            verb = "resumes" if stage.state == "resume" else "starts"
-            logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
-            if not distributed:
-                tracker.start(0)
-            context = Context(pipeline, stage, world, tracker, status, stop, heartbeat)
-            module_of(stage.config.kind).run(context, stage.config)
-        except BaseException as error:
-            return _ended_badly(stage, status, tracker, error)
-        finally:
-            heartbeat.stop()
-        leave_process_group()  # the others need not wait for rank 0's upload
-        status.ended("done", EXIT_DONE)
-        tracker.finish("FINISHED", stage.run_dir / "artifact")
-        logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
-    return EXIT_DONE
-
-
-def _signs(
-    pipeline: PipelineConfig, run_dir: Path, rank: int, distributed: bool
-) -> "tuple[StopRequest | None, Heartbeat]":
-    """How a stage is told to stop, and how it tells that it lives: ranks stop together, a process alone at once."""
-    from pipeline.heartbeat import Heartbeat
-    from pipeline.stopping import StopRequest, stop_at_once
-
-    if distributed:
-        stop, minutes = StopRequest(run_dir), pipeline.runtime.hang_minutes
-        heartbeat = Heartbeat(run_dir, rank, minutes and minutes * 60, orphaned=stop.ask)
-    else:
-        stop_at_once()
-        stop, heartbeat = None, Heartbeat(run_dir, rank, None, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    heartbeat.start("started")
-    return stop, heartbeat
-
-
-def _ended_badly(stage: StagePlan, status: Status, tracker: Tracker, error: BaseException) -> int:
-    """Records how a stage ended, collectively where all were asked to stop; raises the user's errors again."""
-    from pipeline.distributed import leave_process_group
-
-    interrupted = isinstance(error, KeyboardInterrupt)
-    if interrupted:
-        error = Stopped("interrupted; the same command goes on from the last resume point")
-    stopped = isinstance(error, Stopped)
-    code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
-    status.ended("stopped" if stopped else "failed", code, str(error))
-    tracker.finish("KILLED" if stopped else "FAILED")
-    if isinstance(error, Stopped) and not interrupted:
-        leave_process_group()  # together: a launcher takes the first to leave for a failure, and kills the others
-    if isinstance(error, VitruvianError):
-        raise error
-    logger.error("%s failed", stage.name, exc_info=error)
-    return code
-
-
-def _ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], fresh: bool) -> StagePlan:
-    """The plan of a stage whose inputs exist. Rank 0 makes missing data, fetches missing models; the others wait.
-
-    Raises ArtifactError with the command to type where a trained input is missing, DataError where raw data is.
-    """
-    while True:
-        plans = graph.plan(pipeline, [name], fresh=fresh)
-        if plans[name].state != "waiting":
-            return plans[name]
-        if _fetch_named(pipeline, plans):
-            continue
-        graph.require_raw_data(plans[name])
-        missing = next(stage for stage in plans.values() if stage.state != "done" and stage.name != name)
-        prepares = type(missing.config).prepares
-        if rank() > 0:
-            if not prepares and missing.state != "waiting":
-                time.sleep(5.0)  # rank 0 may be fetching it; where it gives up, the launcher ends this process
-            time.sleep(2.0)
-        elif prepares:
-            logger.info("%s needs %s: making it first (%s)", name, missing.name, missing.reason)
-            _run_alone(missing.name, config, overrides)
-        elif not _fetch(pipeline, missing):
-            words = shlex.join([*overrides])
-            raise ArtifactError(
-                f"stage {name!r} needs the artifact of {missing.name!r}, which has not finished "
-                f"({missing.reason.split(';')[0]}); make it with: vitruvian run {config} --until {missing.name} {words}".rstrip()
-            )
-
-
-def _run_alone(name: str, config: str, overrides: list[str]) -> None:
-    """One stage in a process of its own, outside the launcher's world."""
-    hidden = ("SLURM_STEP_ID", *_LAUNCHER_VARIABLES)
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    command = [sys.executable, "-m", "launchers.run_stage", "--stage", name, "--config", config, *overrides]
-    code = subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}).returncode
-    if code:
-        error = VitruvianError(f"stage {name!r} ended with exit code {code}; its message is above")
-        error.exit_code = code if code > 0 else EXIT_FAILURE
-        raise error
-
-
-def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
-    """Takes a finished stage's artifact from MLflow, found by its fingerprint, where this machine lacks it."""
-    uri = tracking_uri(pipeline)
-    if uri is None or stage.run_dir is None or stage.fingerprint is None or pipeline.tracking.uri == "auto":
-        return False
-    try:
-        found = download(uri, stage.run_dir, fingerprint=stage.fingerprint)
-    except Exception as error:  # MLflow may raise anything; the user learns why it did not help
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("MLflow at %s has no help: %s", uri, reason[:160])
-        return False
-    if found and read_artifact(stage.run_dir / "artifact").manifest.fingerprint != stage.fingerprint:
-        raise ArtifactError(
-            f"MLflow at {uri} gave another artifact for {stage.name!r} than the one that it is tagged as"
-        )
-    if found:
-        logger.info("%s: fetched from MLflow at %s", stage.name, uri)
-    return found
-
-
-def _fetch_named(pipeline: PipelineConfig, plans: dict[str, StagePlan]) -> bool:
-    """True if inputs name MLflow runs that this machine lacked. Rank 0 downloads them, the others wait.
-
-    Raises ArtifactError where one can't be had.
-    """
-    sources = [source for stage in plans.values() for source in stage.inputs.values() if source.digest is None]
-    runs = {run_id for source in sources if (run_id := graph.mlflow_run(source.reference))}
-    if rank() > 0:
-        time.sleep(bool(runs))
-        return bool(runs)
-    for run_id in sorted(runs):
-        uri = tracking_uri(pipeline)
-        if uri is None:
-            raise ArtifactError(f"mlflow:{run_id} is an input, but tracking.uri is null: say where MLflow is")
-        try:
-            download(uri, graph.fetched(pipeline, run_id), run_id=run_id)
-        except Exception as error:  # MLflow may raise anything
-            raise ArtifactError(f"mlflow:{run_id}: not to be had from {uri}: {str(error)[:160]}") from None
-        logger.info("mlflow:%s: fetched from %s", run_id, uri)
-    return bool(runs)
-
-
-def _set_aside(stage: StagePlan) -> None:
-    """Renames an existing run directory, so that the stage starts over and nothing is lost."""
-    assert stage.run_dir is not None
+    if rank() == 0 and (storage := RunStorage.of(pipeline, stage)):
+        storage.set_aside()
     if rank() == 0 and stage.run_dir.exists():
         count = len(list(stage.run_dir.parent.glob(f"{stage.run_dir.name}.old-*")))
         stage.run_dir.rename(stage.run_dir.with_name(f"{stage.run_dir.name}.old-{count + 1}"))
         logger.info("%s: the old run was moved to %s.old-%d", stage.name, stage.run_dir, count + 1)
-
-
-def rank() -> int:
-    """Of this process, by the launcher's environment."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def leave(code: int) -> NoReturn:

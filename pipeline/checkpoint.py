@@ -14,7 +14,9 @@ points were saved but none verifies the stage stops instead of starting from scr
 
 import logging
 import shutil
+import time
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.distributed import World, barrier, broadcast_object, gather_objects
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, StorageError
 from pipeline.files import fsync_directory, fsync_tree, read_json, sha256, write_json
 from pipeline.graph import resume_points, step_of
+from pipeline.run_storage import RunStorage
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +38,12 @@ SCHEMA_VERSION = 1
 class ResumePoints:
     """The resume points of one run directory."""
 
-    def __init__(self, run_dir: Path, world: World, keep: int = 2) -> None:
+    def __init__(self, run_dir: Path, world: World, storage: RunStorage | None = None, keep: int = 2) -> None:
+        """`storage` of rank 0: published points are copied there, and a damaged one is fetched from there."""
         assert keep >= 2, "the last one may be damaged"
         self.folder = run_dir / "resume"
         self.world = world
+        self.storage = storage
         self.keep = keep
 
     def save(
@@ -78,28 +83,39 @@ class ResumePoints:
             later = [point for point in points if step_of(point) > step]
             for old in [*later, *[point for point in points if point not in later][: -self.keep]]:
                 shutil.rmtree(old)
+            if self.storage is not None:
+                self.storage.send(final)
         barrier()
 
     def newest(self) -> Path | None:
         """Collective. The newest point that verifies; None where the stage never saved one.
 
-        Raises CheckpointError if points exist and none verifies.
+        Raises CheckpointError if points exist and none verifies, or if a rank does not see the one that does.
         """
         found = broadcast_object(_attempt(self._newest) if self.world.is_main else None)
         if isinstance(found, CheckpointError):
             raise found
+        blind = [rank for rank, sees in enumerate(gather_objects(found is None or _appears(found))) if not sees]
+        if blind:
+            raise CheckpointError(
+                f"{found}: not seen by rank {blind[0]}; the workspace must lie on a file system that all machines share"
+            )
         return found
 
     def _newest(self) -> Path | None:
         points = resume_points(self.folder.parent)
         damaged = []
-        for point in reversed(points):
+        for older, point in reversed([*pairwise([None, *points])]):
             fault = verify(point)
             if fault is None:
                 if damaged:
                     logger.error("FALLING BACK to the resume point of step %d: %s", step_of(point), "; ".join(damaged))
                 return point
             damaged.append(fault)
+            restored = self._restored(older, point)
+            if restored is not None:
+                logger.error("%s; taken from the storage: step %d", "; ".join(damaged), step_of(restored))
+                return restored
         saved = self._once_saved()
         if damaged or saved:
             what = "; ".join(damaged) or f"step {saved} was saved, but its folder is gone"
@@ -108,6 +124,16 @@ class ResumePoints:
             )
         return None
 
+    def _restored(self, older: Path | None, damaged: Path) -> Path | None:
+        """What the storage has in place of a damaged point, newer than the next older one here."""
+        if self.storage is None:
+            return None
+        try:
+            return self.storage.restore(step_of(older) if older else -1, step_of(damaged))
+        except StorageError as error:
+            logger.warning("storage: %s", error)
+            return None
+
     def _once_saved(self) -> int:
         """The last step that the status file says was saved; 0 where none was."""
         status = self.folder.parent / "status.json"
@@ -115,6 +141,16 @@ class ResumePoints:
             return int(read_json(status).get("saved_step", 0)) if status.is_file() else 0
         except (ValueError, AttributeError):
             return 0
+
+
+def _appears(point: Path, seconds: float = 60.0) -> bool:
+    """True once a folder that rank 0 sees is there: a network file system may show it a little later."""
+    deadline = time.monotonic() + seconds
+    while not point.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 def verify(point: Path) -> str | None:

@@ -141,6 +141,28 @@ class SlurmConfig(SlurmJob):
         return SlurmJob(**{**shared, **given, "options": {**self.options, **own.options}})
 
 
+class StorageConfig(Strict):
+    """Where copies of what a run keeps go, and how much of remote shards is kept here. Nothing here changes the result."""
+
+    url: str | None = None
+    """fsspec URL of a folder, such as s3://bucket/runs: artifacts and resume points are copied there; null: nowhere."""
+    cache_gb: float | None = Field(None, gt=0)
+    """Size in 10^9 bytes of this machine's cache of samples that were read from remote shards; null: no cache."""
+    cache: Path | None = None
+    """Its folder, on a disk of this machine at best; unset: `.cache` in the workspace."""
+
+    @field_validator("url", mode="after")
+    @classmethod
+    def _without_credentials(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if "://" not in value:
+            raise ValueError(f"expected a URL such as s3://bucket/runs or file:///folder, found {value!r}")
+        if re.search(r"://[^/@]*:[^/@]*@", value):
+            raise ValueError("holds a password; give credentials by the backend's own environment variables")
+        return value.rstrip("/")
+
+
 class StageConfig(Strict):
     """What every stage kind's section has. Kinds derive from it and add their own keys and `inputs`."""
 
@@ -193,6 +215,8 @@ class PipelineConfig(Strict):
     """Metrics and artifacts."""
     slurm: SlurmConfig = SlurmConfig()
     """Jobs of `vitruvian submit`."""
+    storage: StorageConfig = StorageConfig()
+    """Copies elsewhere."""
     stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Any]
     """Stage sections by name; a name is a folder of the workspace."""
 

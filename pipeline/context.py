@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.artifacts import Artifact, Parent, publish, read_artifact
 from pipeline.config import PipelineConfig
+from pipeline.data.cache import SampleCache
 from pipeline.errors import ArtifactError, Stopped
 from pipeline.files import write_json, write_text
 from pipeline.graph import Input, StagePlan
+from pipeline.run_storage import RunStorage
 from pipeline.status import Status
 from pipeline.tracking import Tracker
 
@@ -34,6 +36,8 @@ class Context:
     heartbeat: "Heartbeat"
     part: tuple[int, int] | None = None
     """(I, N): only part I of N of a divisible stage's work is wanted, and nothing is published."""
+    storage: RunStorage | None = None
+    """Where rank 0 copies resume points to; None on the others, and where none is configured."""
 
     def tick(self) -> None:
         """Collective. For evaluation loops, once a batch: a sign of life. Raises Stopped if a rank was asked to stop."""
@@ -51,6 +55,15 @@ class Context:
     def seed(self) -> int:
         """Of the pipeline: stages share it, so that two students share initialisation, order and augmentation."""
         return self.pipeline.seed
+
+    @property
+    def sample_cache(self) -> SampleCache | None:
+        """This machine's cache of remote samples, where one is configured."""
+        storage = self.pipeline.storage
+        if storage.cache_gb is None:
+            return None
+        folder = storage.cache or self.pipeline.workspace / ".cache"
+        return SampleCache(folder.expanduser().absolute(), int(storage.cache_gb * 1e9))
 
     def artifact(self, label: str) -> Artifact:
         """An input artifact. Raises ArtifactError where the input is raw data."""

@@ -39,6 +39,10 @@ class CheckpointError(VitruvianError):
     """A resume point can't be read, or can't be continued as asked."""
 
 
+class StorageError(VitruvianError):
+    """The storage can't be reached, or what lies there is not what should."""
+
+
 class Stopped(VitruvianError):
     """The stage was asked to stop, saved a resume point and left."""
 

@@ -42,7 +42,7 @@ class PoseSetup:
     def of(cls, context: Context, config: PoseTrainingConfig) -> "PoseSetup":
         """Opens the shards and fixes the codec. Raises ConfigError or ArtifactError where they do not fit."""
         input_hw = config.model.backbone.image_size
-        collection = open_shards(context.artifact("shards"), needs=input_hw)
+        collection = open_shards(context.artifact("shards"), input_hw, context.sample_cache)
         collection.require_keypoints()
         codec = CodecConfig(input_size=input_hw, heatmap_size=config.model.heatmap_size, sigma=config.sigma)
         spec = PoseSpec(config=config.model, datasets=collection.definitions, codec=codec)

@@ -323,6 +323,21 @@ def download(uri: str, destination: Path, *, run_id: str | None = None, fingerpr
     return True
 
 
+def published_digest(uri: str, fingerprint: str) -> str | None:
+    """The digest of the artifact that MLflow has of a FINISHED run; None where it has none. Raises whatever it raises."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
+    runs = client.search_runs(experiments, query, max_results=1)
+    if not runs:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = client.download_artifacts(runs[0].info.run_id, "artifact/manifest.json", folder)
+        return read_json(Path(path))["digest"]
+
+
 def system_metrics() -> dict[str, float]:
     """Load of the machine and memory of this process, for the run's record."""
     import psutil

@@ -117,7 +117,7 @@ def train(
         config.learning_rate(total, order.epoch_length),
         total_steps=total,
         seed=context.seed,
-        points=ResumePoints(context.run_dir, world),
+        points=ResumePoints(context.run_dir, world, context.storage),
         hooks=[hook for hook in hooks if hook is not None],
     )
     trainer.fit()

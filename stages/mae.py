@@ -59,7 +59,7 @@ def run(context: Context, config: Config) -> None:
     from pipeline.training import train
 
     image_size = config.model.backbone.image_size
-    collection = open_shards(context.artifact("shards"), needs=image_size)
+    collection = open_shards(context.artifact("shards"), image_size, context.sample_cache)
     torch.manual_seed(context.seed)
     model = MAE(config.model)
     model.init_weights()

@@ -52,7 +52,7 @@ def run(context: Context, config: Config) -> None:
     artifact = context.artifact("teacher")
     teacher, spec = load_pose(artifact)
     input_hw = spec.config.backbone.image_size
-    collection = open_shards(context.artifact("shards"), needs=input_hw)
+    collection = open_shards(context.artifact("shards"), input_hw, context.sample_cache)
     collection.require_same(spec.datasets, "the teacher")
     before = state_digest(teacher)
     torch.manual_seed(context.seed)

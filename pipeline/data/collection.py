@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.artifacts import Artifact
 from pipeline.config import Strict
+from pipeline.data.cache import SampleCache
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.shard_index import index_path
 from pipeline.data.shards import ShardSet
@@ -88,10 +89,13 @@ class Collection:
                 raise ConfigError(f"dataset {name!r}: {whose} was trained on other keypoints than the shards hold")
 
 
-def open_shards(artifact: Artifact, needs: tuple[int, int] | None = None) -> Collection:
+def open_shards(
+    artifact: Artifact, needs: tuple[int, int] | None = None, cache: SampleCache | None = None
+) -> Collection:
     """Opens the shards of an artifact; the index files' digests are checked now, each sample's when it is read.
 
-    needs: the input (H, W) of the stage. Raises ArtifactError if the crops were stored for a smaller one.
+    needs: the input (H, W) of the stage. cache: of samples, where the tars are remote. Raises ArtifactError if the
+    crops were stored for a smaller input.
     """
     description = ShardsDescription.model_validate(read_json(artifact.file(DESCRIPTION)))
     largest = description.max_input
@@ -103,7 +107,7 @@ def open_shards(artifact: Artifact, needs: tuple[int, int] | None = None) -> Col
     local = "://" not in description.base
     base = str(artifact.path / description.base) if local else description.base
     indexes = [artifact.file(index_name(name)) for name in description.shards]
-    return Collection(ShardSet(base, description.shards, indexes), description, artifact.digest)
+    return Collection(ShardSet(base, description.shards, indexes, cache), description, artifact.digest)
 
 
 def index_name(shard: str) -> str:

@@ -6,35 +6,31 @@ which is checked whenever they are read. Nothing is ever extracted.
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import tarfile
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import fsspec
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from webdataset.writer import TarWriter
 
+from pipeline.data.cache import SampleCache
 from pipeline.data.images import read_bytes
 from pipeline.data.shard_index import COLUMNS, KEY_LENGTH, SampleMeta, ShardIndex, index_path
 from pipeline.errors import DataError
 from pipeline.files import fsync_directory
-
-logger = logging.getLogger(__name__)
+from pipeline.remote import fetch_ranges, open_filesystem, retried
 
 _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LENGTH}}}")
 _META = TypeAdapter(SampleMeta)
 _OPEN_FILES = 256
-_ATTEMPTS = 3
 
 
 class Sample(NamedTuple):
@@ -94,13 +90,19 @@ class ShardSet:
     """
 
     def __init__(
-        self, base: str | Path, shards: Sequence[str] | None = None, indexes: Sequence[str | Path] | None = None
+        self,
+        base: str | Path,
+        shards: Sequence[str] | None = None,
+        indexes: Sequence[str | Path] | None = None,
+        cache: SampleCache | None = None,
     ) -> None:
         """`shards`: names of the tars; unset, all of the folder. `indexes`: their index files where not beside them.
+        `cache` keeps what was read from a remote store.
 
         Raises DataError for a missing shard or a damaged index.
         """
         self.base = str(base).rstrip("/")
+        self._cache = cache if self._remote else None
         self.names = list(shards) if shards is not None else self._listed()
         if not self.names:
             raise DataError(f"{self.base}: no shards; run the shards stage first")
@@ -132,10 +134,13 @@ class ShardSet:
         """Several samples, from a remote store concurrently. A broken one is a DataError in its place."""
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"indices {list(indices)} of {len(self)} samples")
-        spans = [self._span(index) for index in indices]
-        fetch = self._fetch_remote if self._remote else self._fetch_local
-        blocks = fetch([(self._shard_of(index), *span) for index, span in zip(indices, spans, strict=True)])
-        return [self._sample(*item) for item in zip(indices, spans, blocks, strict=True)]
+        found = {index: sample for index in indices if (sample := self._cached(index)) is not None}
+        missing = [index for index in indices if index not in found]
+        spans = [self._span(index) for index in missing]
+        wanted = [(self._shard_of(index), *span) for index, span in zip(missing, spans, strict=True)]
+        blocks = fetch_ranges(self.base, wanted) if self._remote else self._fetch_local(wanted)
+        found |= {item[0]: self._sample(*item) for item in zip(missing, spans, blocks, strict=True)}
+        return [found[index] for index in indices]
 
     def key(self, index: int) -> str:
         """The sample's key, as far as the index knows."""
@@ -155,7 +160,7 @@ class ShardSet:
     def _listed(self) -> list[str]:
         if not self._remote:
             return sorted(path.name for path in Path(self.base).glob("shard-*.tar"))
-        filesystem, root = fsspec.core.url_to_fs(self.base)
+        filesystem, root = open_filesystem(self.base)
         return sorted(Path(name).name for name in filesystem.glob(f"{root}/shard-*.tar"))
 
     def _path(self, name: str) -> str:
@@ -191,50 +196,52 @@ class ShardSet:
             self._files[name] = os.open(self._path(name), os.O_RDONLY)
         return self._files[name]
 
-    def _fetch_remote(self, wanted: list[tuple[str, int, int]]) -> list[bytes | Exception]:
-        """Concurrent range requests. What fails for another reason than absence is asked for again: an outage must
-        not turn good samples into broken ones."""
-        filesystem, root = fsspec.core.url_to_fs(self.base)
-        blocks: list[bytes | Exception] = [OSError("not asked for yet")] * len(wanted)
-        for attempt in range(_ATTEMPTS):
-            open_ones = [i for i, block in enumerate(blocks) if _worth_asking(block)]
-            if not open_ones:
-                break
-            if attempt:
-                logger.warning("%s: %d of %d reads failed, trying again", self.base, len(open_ones), len(wanted))
-                time.sleep(2**attempt)
-            asked = [wanted[i] for i in open_ones]
-            paths = [f"{root}/{name}" for name, _, _ in asked]
-            starts, ends = [start for _, start, _ in asked], [end for _, _, end in asked]
-            found = filesystem.cat_ranges(paths, starts, ends, on_error="return")
-            for i, block in zip(open_ones, found, strict=True):
-                blocks[i] = block
-        return blocks
-
     def _sample(self, index: int, span: tuple[int, int], block: bytes | Exception) -> Sample | DataError:
         key, where = self.key(index), self._path(self._shard_of(index))
         if isinstance(block, Exception):
             return DataError(f"{where}: sample {key}: can't be read: {block}")
         parts = []
-        for number, kind in enumerate(("jpg", "json")):
+        for kind in ("jpg", "json"):
             offset = int(self._columns[f"{kind}_offset"][index]) - span[0]
-            part = block[offset : offset + int(self._columns[f"{kind}_size"][index])]
-            if hashlib.sha256(part).digest() != self._columns["sha256"][index, number].tobytes():
+            parts.append(block[offset : offset + int(self._columns[f"{kind}_size"][index])])
+        for part, kind, expected in zip(parts, ("jpg", "json"), self._columns["sha256"][index], strict=True):
+            if hashlib.sha256(part).digest() != expected.tobytes():
                 cut = "the shard is truncated" if len(block) < span[1] - span[0] else "its bytes have changed"
                 return DataError(f"{where}: sample {key}.{kind}: {cut}; make the shards anew")
-            parts.append(part)
+        if self._cache is not None:
+            self._cache.put(self._cache_name(index), b"".join(parts))
+        return self._checked(index, *parts)
+
+    def _cache_name(self, index: int) -> str:
+        """Of the jpg and the json together, from the digests in the index."""
+        return hashlib.sha256(self._columns["sha256"][index].tobytes()).hexdigest()
+
+    def _cached(self, index: int) -> Sample | None:
+        """A sample from the cache, its digests checked; an entry that is damaged is dropped."""
+        if self._cache is None:
+            return None
+        name, cut = self._cache_name(index), int(self._columns["jpg_size"][index])
+        data = self._cache.get(name)
+        if data is None:
+            return None
+        parts = data[:cut], data[cut:]
+        if b"".join(hashlib.sha256(part).digest() for part in parts) != self._columns["sha256"][index].tobytes():
+            self._cache.drop(name)
+            return None
+        sample = self._checked(index, *parts)
+        return None if isinstance(sample, DataError) else sample
+
+    def _checked(self, index: int, jpg: bytes, sidecar: bytes) -> Sample | DataError:
+        """A sample of bytes that fit their digests, if its description is one, and of the dataset of the index."""
+        key, where = self.key(index), self._path(self._shard_of(index))
         try:
-            meta = _META.validate_json(parts[1])
+            meta = _META.validate_json(sidecar)
         except ValidationError as error:
             return DataError(f"{where}: sample {key}.json: {_first_mistake(error)}")
         if meta["dataset"] != self.datasets[self.dataset_of[index]]:
             expected = self.datasets[self.dataset_of[index]]
             return DataError(f"{where}: sample {key}: from {meta['dataset']!r}, its index says {expected!r}")
-        return Sample(key, parts[0], meta)
-
-
-def _worth_asking(block: bytes | Exception) -> bool:
-    return isinstance(block, Exception) and not isinstance(block, FileNotFoundError)
+        return Sample(key, jpg, meta)
 
 
 def _first_mistake(error: ValidationError) -> str:
@@ -298,13 +305,12 @@ def _replacing(final: Path) -> Iterator[Path]:
 
 
 def _write_remote(target: str, write: Callable[[BinaryIO], None], indexed: Callable[[Path], ShardIndex]) -> ShardIndex:
-    filesystem, place = fsspec.core.url_to_fs(target)
-    filesystem.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+    filesystem, place = open_filesystem(target)
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / "shard.tar"
         with local.open("wb") as stream:
             write(stream)
         index = indexed(local)
-        filesystem.put_file(str(local), place)
-        filesystem.pipe_file(index_path(place), index.to_bytes())
+        retried(lambda: filesystem.put_file(str(local), place), target)
+        retried(lambda: filesystem.pipe_file(index_path(place), index.to_bytes()), target)
     return index

@@ -1,12 +1,13 @@
 """One finished tiny chain, shared by the tests that look at it or go on from it."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.chain.running import TINY, only_run, succeeded, vitruvian
+from tests.s3 import S3Server
 
 Copy = Callable[..., Path]
 
@@ -32,3 +33,16 @@ def without(finished: Path, tmp_path: Path) -> Copy:
         return workspace
 
     return copy
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An empty S3 with a bucket, for this process and those that it starts."""
+    server = S3Server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

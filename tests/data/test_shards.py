@@ -221,7 +221,7 @@ def test_a_passing_outage_of_a_remote_store_breaks_no_sample(monkeypatch: pytest
         return [OSError("reset"), *found[1:]] if len(calls) == 1 else found
 
     monkeypatch.setattr(type(filesystem), "cat_ranges", staticmethod(flaky))
-    monkeypatch.setattr("pipeline.data.shards.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("pipeline.remote.time.sleep", lambda seconds: None)
     assert [sample.key for sample in shards.read_many(range(5))] == [key for key, *_ in samples(5)]
     assert calls == [5, 1], "only what failed is asked for again"
 

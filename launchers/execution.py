@@ -1,0 +1,137 @@
+"""One stage, run on this rank: held, watched, tracked, and its end recorded whatever it is."""
+
+import logging
+import os
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launchers.console import setup_logging
+from launchers.storage import take_over
+from pipeline import graph
+from pipeline.config import PipelineConfig
+from pipeline.context import Context
+from pipeline.errors import EXIT_DONE, EXIT_FAILURE, Stopped, VitruvianError
+from pipeline.graph import StagePlan
+from pipeline.run_storage import RunStorage
+from pipeline.status import Status, held, held_part
+from pipeline.tracking import Tracker
+from stages import module_of
+
+if TYPE_CHECKING:
+    from pipeline.heartbeat import Heartbeat
+    from pipeline.stopping import StopRequest
+
+logger = logging.getLogger("vitruvian")
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Where the end of a stage is written down."""
+
+    status: Status
+    tracker: Tracker
+    storage: RunStorage | None
+
+
+def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str]) -> int:
+    """Runs a stage on this rank and gives the exit code; rank 0 holds the run directory. Raises the user's errors."""
+    from pipeline.distributed import broadcast_object, leave_process_group, world_from_environment
+
+    assert stage.run_dir is not None
+    distributed = type(stage.config).distributed
+    world = world_from_environment(pipeline.runtime)
+    setup_logging(world.rank, stage.run_dir)
+    with held(stage.run_dir) if world.is_main else nullcontext():
+        stop, heartbeat = _signs(pipeline, stage.run_dir, world.rank, distributed)
+        storage = RunStorage.of(pipeline, stage) if world.is_main else None
+        if world.is_main:
+            graph.record_identity(stage)
+            (stage.run_dir / "STOP").unlink(missing_ok=True)
+        if storage is not None:
+            stage = take_over(pipeline, stage, storage)
+        where = stage.run_dir if world.is_main else None
+        tracker = Tracker(pipeline, where, stage.name, tags, stage.parameters, stage.datasets)
+        records = _Records(Status(stage.run_dir, world.is_main), tracker, storage)
+        try:
+            if distributed:
+                from pipeline.engine import start_process_group
+
+                start_process_group(world, heartbeat.limit)
+            if pipeline.storage.url is not None and broadcast_object(stage.state) == "done":
+                logger.info("%s: skipped, %s (%s)", stage.name, stage.reason, stage.run_dir)
+                leave_process_group()
+                records.status.ended("done", EXIT_DONE)
+                return EXIT_DONE
+            verb = "resumes" if stage.state == "resume" else "starts"
+            logger.info("%s: %s, %s (%s)", stage.name, verb, stage.reason, stage.run_dir)
+            if not distributed:
+                tracker.start(0)
+            context = Context(pipeline, stage, world, tracker, records.status, stop, heartbeat, storage=storage)
+            module_of(stage.config.kind).run(context, stage.config)
+        except BaseException as error:
+            return _ended_badly(stage, records, error)
+        finally:
+            heartbeat.stop()
+        leave_process_group()  # the others need not wait for rank 0's uploads
+        records.status.ended("done", EXIT_DONE)
+        tracker.finish("FINISHED", stage.run_dir / "artifact")
+        if storage is not None:
+            storage.upload_artifact()
+        logger.info("%s: done (%s)", stage.name, stage.run_dir / "artifact")
+    return EXIT_DONE
+
+
+def execute_part(pipeline: PipelineConfig, stage: StagePlan, part: tuple[int, int]) -> int:
+    """Makes part I of N of a stage's work, beside the processes that make the others; nothing is published."""
+    from pipeline.distributed import world_from_environment
+
+    assert stage.run_dir is not None
+    with held_part(stage.run_dir, part):
+        logger.info("%s: part %d/%d (%s)", stage.name, *part, stage.run_dir)
+        stop, heartbeat = _signs(pipeline, stage.run_dir, part[0], distributed=False)
+        tracker, status = Tracker(pipeline, None, stage.name, {}, {}, []), Status(stage.run_dir, writes=False)
+        world = world_from_environment(pipeline.runtime)
+        context = Context(pipeline, stage, world, tracker, status, stop, heartbeat, part=part)
+        module_of(stage.config.kind).run(context, stage.config)
+    return EXIT_DONE
+
+
+def _signs(
+    pipeline: PipelineConfig, run_dir: Path, rank: int, distributed: bool
+) -> "tuple[StopRequest | None, Heartbeat]":
+    """How a stage is told to stop, and how it tells that it lives: ranks stop together, a process alone at once."""
+    from pipeline.heartbeat import Heartbeat
+    from pipeline.stopping import StopRequest, stop_at_once
+
+    if distributed:
+        stop, minutes = StopRequest(run_dir), pipeline.runtime.hang_minutes
+        heartbeat = Heartbeat(run_dir, rank, minutes and minutes * 60, orphaned=stop.ask)
+    else:
+        stop_at_once()
+        stop, heartbeat = None, Heartbeat(run_dir, rank, None, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    heartbeat.start("started")
+    return stop, heartbeat
+
+
+def _ended_badly(stage: StagePlan, records: _Records, error: BaseException) -> int:
+    """Records how a stage ended, collectively where all were asked to stop; raises the user's errors again."""
+    from pipeline.distributed import leave_process_group
+
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if interrupted:
+        error = Stopped("interrupted; the same command goes on from the last resume point")
+    stopped = isinstance(error, Stopped)
+    code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
+    records.status.ended("stopped" if stopped else "failed", code, str(error))
+    records.tracker.finish("KILLED" if stopped else "FAILED")
+    if records.storage is not None:
+        records.storage.stop()
+    if stopped and not interrupted:
+        leave_process_group()  # together: a launcher takes the first to leave for a failure, and kills the others
+    if isinstance(error, VitruvianError):
+        raise error
+    logger.error("%s failed", stage.name, exc_info=error)
+    return code
