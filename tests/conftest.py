@@ -1,9 +1,34 @@
 """Fixtures that every test folder may use."""
 
 import os
+from collections import Counter, defaultdict
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+
+_OUTCOMES: dict[int, Counter[str]] = defaultdict(Counter)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Counts, for each fault of docs/faults.md, how its tests ended."""
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        for mark in item.iter_markers("fault"):
+            _OUTCOMES[mark.args[0]][report.outcome] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The outcome of each fault, where its tests were what was asked for."""
+    if terminalreporter.config.option.markexpr == "fault":
+        terminalreporter.section("faults")
+        for number, outcomes in sorted(_OUTCOMES.items()):
+            told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+            terminalreporter.write_line(f"fault {number:2d}: {told}")
 
 
 @pytest.fixture(scope="session")

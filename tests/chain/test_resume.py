@@ -77,6 +77,7 @@ def test_a_stage_killed_while_it_publishes_loses_no_training(without: Copy) -> N
     assert read_artifact(run_dir / "artifact").digest == digest
 
 
+@pytest.mark.fault(10)
 def test_a_second_process_on_a_run_directory_is_refused(without: Copy) -> None:
     workspace = without()
     run_dir = only_run(workspace, "mae")

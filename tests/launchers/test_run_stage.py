@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import run_stage
+from launchers import inputs, run_stage
 from pipeline import graph
 from pipeline.artifacts import publish
 from pipeline.config_file import load_pipeline
@@ -200,7 +200,7 @@ def test_a_damaged_artifact_is_named_and_fresh_gets_past_it(
         started.append(stage)
         return 0
 
-    monkeypatch.setattr(run_stage, "_execute", execute)
+    monkeypatch.setattr(run_stage, "execute", execute)
     code, line = call(capsys, "--stage", "mae", "--config", file, "--fresh")
     assert code == 0 and line.endswith(f"the old run was moved to {done.run_dir}.old-1")
     assert started[0].state == "start" and started[0].run_dir == done.run_dir and not done.run_dir.exists()
@@ -211,7 +211,7 @@ def test_with_fresh_every_rank_starts_whoever_looks_first(file: str, monkeypatch
     done = plan(file, "mae")
     publish_at(done.run_dir / "artifact")
     started: list[StagePlan] = []
-    monkeypatch.setattr(run_stage, "_execute", lambda pipeline, stage, *_: started.append(stage) or 0)
+    monkeypatch.setattr(run_stage, "execute", lambda pipeline, stage, *_: started.append(stage) or 0)
     monkeypatch.setenv("RANK", "1")
     assert run_stage.main(["--stage", "mae", "--config", file, "--fresh"]) == 0
     assert started[0].state == "start" and done.run_dir.exists()
@@ -226,7 +226,7 @@ def test_missing_data_is_made_first_in_a_process_of_its_own(
         calls.append((command, env))
         return subprocess.CompletedProcess(command, 75)
 
-    monkeypatch.setattr(run_stage, "subprocess", SimpleNamespace(run=fake))
+    monkeypatch.setattr(inputs, "subprocess", SimpleNamespace(run=fake))
     for name in ("RANK", "MASTER_ADDR", "WORLD_SIZE"):
         monkeypatch.setenv(name, "0")
     workspace = f"workspace={tmp_path / 'w'}"
