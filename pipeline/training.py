@@ -75,10 +75,6 @@ def train(
     world = context.world
     order = _order(collection, context.seed, weights)
     total = config.total_steps(order.epoch_length)
-    if average_decay is not None and context.pipeline.engine.zero_stage == 3:
-        raise ConfigError(
-            "average_decay keeps whole weights on rank 0, which ZeRO 3 does not hold; use engine.zero_stage=1"
-        )
     engine = Engine(
         objective,
         [{"lr": 0.0, **group} for group in groups],
