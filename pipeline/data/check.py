@@ -9,6 +9,7 @@ from PIL import Image
 
 from pipeline.data.annotations import Annotations, Problem, read, read_detections
 from pipeline.data.definitions import DatasetSource, ResolvedFiles
+from pipeline.data.images import FORMATS, MAX_PIXELS
 from pipeline.data.instance import Instance
 from pipeline.data.readers import files
 from pipeline.data.readers.records import ImageRecord
@@ -148,8 +149,10 @@ def _oddities(instance: Instance) -> Iterator[tuple[str, str]]:
 def _image_fault(image: ImageRecord) -> tuple[str, str] | None:
     """Kind and description of what is wrong with an image file, by its header."""
     try:
-        with files.open_binary(image.path) as stream, Image.open(stream) as picture:
+        with files.open_binary(image.path) as stream, Image.open(stream, formats=FORMATS) as picture:
             width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
     except FileNotFoundError:
         return "image missing", "no such file"
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
