@@ -24,6 +24,7 @@ from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.context import Context
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
+from pipeline.files import require_writable
 from pipeline.graph import StagePlan
 from pipeline.status import Status, held
 from pipeline.tracking import Tracker, download, sync, tracking_uri
@@ -118,6 +119,7 @@ def _execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], d
     from pipeline.distributed import leave_process_group, world_from_environment
 
     assert stage.run_dir is not None
+    require_writable(stage.run_dir)
     world = world_from_environment(pipeline.runtime)
     setup_logging(world.rank, stage.run_dir)
     with held(stage.run_dir) if world.is_main else nullcontext():

@@ -171,7 +171,7 @@ def test_duplicate_keys_bad_descriptions_and_empty_shards_are_refused(tmp_path: 
     wrong: list[tuple[list, str]] = [
         ([("a", b"x", meta()), ("a", b"y", meta())], "more than once"),
         ([("a", b"x", {**meta(), "bbox": (1.0, 2.0)})], "bbox"),
-        ([("a", b"x", {**meta(), "bbox": (1.0, 2.0, float("nan"), 1.0)})], "not finite"),
+        ([("a", b"x", {**meta(), "bbox": (1.0, 2.0, float("nan"), 1.0)})], "bbox.2: Input should be a finite number"),
         ([("a", b"x", {k: v for k, v in meta().items() if k != "dataset"})], "dataset"),
         ([], "at least one"),
     ]

@@ -361,7 +361,10 @@ def test_an_annotation_file_does_not_choose_what_else_is_read(tmp_path: Path, na
     """An image name leads to a file below the image folder: no way up, no other place, no address, in every format."""
     images = [{"id": 7, "file_name": name, "width": 100, "height": 80}, {"id": 8, "file_name": "sub/8.jpg"}]
     found = written(tmp_path, coco_file("coco", {}, {"image_id": 8}, images=images), "coco")
-    assert [(p.kind, p.dropped) for p in found.problems] == [("image outside its folder", True), ("unknown image", True)]
+    assert [(p.kind, p.dropped) for p in found.problems] == [
+        ("image outside its folder", True),
+        ("unknown image", True),
+    ]
     assert [one.image for one in found.instances] == [f"{tmp_path}/./sub/8.jpg"]
     found = written(tmp_path, mpii_file({"image": name}, {}), "mpii")
     assert [(p.kind, p.dropped) for p in found.problems] == [("image outside its folder", True)]

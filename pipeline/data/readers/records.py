@@ -7,7 +7,6 @@ import numpy as np
 
 from pipeline.data.instance import Instance
 
-
 LARGEST = 1e6
 """Pixels: no image has a side as long, and no coordinate in one is as large."""
 
