@@ -119,7 +119,14 @@ class PoseSetup:
         def evaluate(objective: nn.Module) -> dict[str, float]:
             with autocast(self.context.pipeline.engine.precision, self.context.world.device):
                 predictions = predict(
-                    objective.model, definition, requests, self.codec, flip=False, world=self.context.world, workers=0
+                    objective.model,
+                    definition,
+                    requests,
+                    self.codec,
+                    flip=False,
+                    world=self.context.world,
+                    workers=0,
+                    max_bad_fraction=self.config.max_bad_fraction,
                 )
             return score(annotations, predictions, image_ids=names).metrics
 
