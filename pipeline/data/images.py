@@ -22,6 +22,7 @@ MAX_BYTES = 1 << 28
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
+_PART = 1 << 26
 _PIXELS_A_BYTE = 1000
 """Of a JPEG: even a grey one of one colour needs a bit for each block of 64 pixels."""
 _RGB_BY_PIL = frozenset({"CMYK", "YCbCr", "LAB", "HSV"})
@@ -79,10 +80,12 @@ def read_bytes(path_or_url: str, limit: int = MAX_BYTES) -> bytes:
         if "://" not in source and not stat.S_ISREG(os.stat(source).st_mode):
             raise OSError("no ordinary file")
         with open(source, "rb") if "://" not in source else fsspec.open(source, "rb") as stream:
-            data = stream.read(limit + 1)
-        if len(data) > limit:
-            raise OSError(f"more than {limit} bytes")
-        return data
+            parts = []
+            while part := stream.read(_PART):  # read(limit) would take as much memory as that at once
+                parts.append(part)
+                if sum(map(len, parts)) > limit:
+                    raise OSError(f"more than {limit} bytes")
+            return b"".join(parts)
     except FileNotFoundError:
         raise DataError(f"{source}: no such file; check the dataset's image folder") from None
     except Exception as error:  # noqa: BLE001 - every fsspec backend has its own network errors

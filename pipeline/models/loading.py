@@ -30,7 +30,7 @@ class PoseSpec(Strict):
     schema_version: Literal[1] = 1
     model: Literal["pose"] = "pose"
     config: PoseConfig
-    datasets: dict[str, DatasetDefinition]
+    datasets: dict[str, DatasetDefinition] = Field(min_length=1)
     """Each decoder's keypoints, pairs and sigmas, as they were in training."""
     codec: CodecConfig
 

