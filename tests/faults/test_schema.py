@@ -48,10 +48,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def test_artifacts_of_another_version_are_refused(
     tmp_path: Path, model: Artifact, shards: Artifact, version: Any
 ) -> None:
-    """The manifest, the model's description and that of shards: one line that says where and which version."""
+    """The manifest, the model's description and that of shards: one line that says where."""
     other = republish(model, tmp_path / "manifest", lambda staged: None)
     change_json(other.path / "manifest.json", schema_version=version)
-    with pytest.raises(ArtifactError, match=r"manifest\.json.*version"):
+    with pytest.raises(ArtifactError, match=r"manifest\.json: (not a manifest|schema version)"):
         read_artifact(other.path)
     other = republish(model, tmp_path / "m", lambda staged: change_json(staged / "model.json", schema_version=version))
     with pytest.raises(ArtifactError, match=r"model\.json.*schema_version"):
