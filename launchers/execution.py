@@ -14,6 +14,7 @@ from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.context import Context
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, Stopped, VitruvianError
+from pipeline.files import require_writable
 from pipeline.graph import StagePlan
 from pipeline.run_storage import RunStorage
 from pipeline.status import Status, held, held_part
@@ -42,6 +43,7 @@ def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str]) ->
 
     assert stage.run_dir is not None
     distributed = type(stage.config).distributed
+    require_writable(stage.run_dir)
     world = world_from_environment(pipeline.runtime)
     setup_logging(world.rank, stage.run_dir)
     with held(stage.run_dir) if world.is_main else nullcontext():

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.data.images import decode_image, read_bytes
 from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.evaluation.pictures import draw_skeleton, save_jpg
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, require_writable, write_json
 from pipeline.predictor import Predictor
 from pipeline.tracking import download
 
@@ -32,7 +32,7 @@ def predict_files(
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise ConfigError(f"two images are called {twice!r}: their pictures would overwrite each other")
     given = _read_boxes(boxes) if boxes else None
-    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out)
     found: dict[str, list[dict[str, Any]]] = {}
     for path in images:
         image = decode_image(read_bytes(str(path)), where=str(path))

@@ -149,8 +149,10 @@ def read_artifact(path: Path) -> Artifact:
             raise ArtifactError(
                 f"{where}: schema version {raw['schema_version']} is newer than this program's; update it"
             )
+        if raw["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {raw['schema_version']!r}, expected {SCHEMA_VERSION}")
         manifest = Manifest.model_validate(raw)
-    except (OSError, ValueError, TypeError, AttributeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise ArtifactError(f"{where}: not a manifest: {' '.join(str(error).split())[:200]}") from None
     if manifest.digest != payload_digest(manifest.files):
         raise ArtifactError(
@@ -158,9 +160,14 @@ def read_artifact(path: Path) -> Artifact:
         )
     for name, record in manifest.files.items():
         file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
+        try:
+            inside = file.resolve().is_relative_to(path.resolve()) and ".." not in name.split("/")
+            whole = inside and file.is_file() and file.stat().st_size == record.size
+        except (OSError, ValueError):  # a name that no file can have
+            raise ArtifactError(f"{where}: names a file that can't be: {name[:60]!r}") from None
+        if not inside:
             raise ArtifactError(f"{where}: names a file outside the artifact: {name!r}")
-        if not file.is_file() or file.stat().st_size != record.size:
+        if not whole:
             raise ArtifactError(f"{file}: missing or of another size than the manifest says; restore it or use --fresh")
     return Artifact(path, manifest)
 
@@ -186,16 +193,20 @@ def _without_passwords(text: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
-def git_commit() -> str | None:
-    """The commit that the code lies at, `-dirty` appended where it was changed; None outside a checkout."""
-    here = Path(__file__).parent
+def git_commit(file: Path = Path(__file__)) -> str | None:
+    """The commit that the code lies at, `-dirty` appended where it was changed; None outside a checkout.
+
+    An installed package may lie below another repository, which does not track its files: that one's commit says nothing.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=file.parent, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        if head.returncode:
-            return None
-        status = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=20
-        )
-        return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
-    except (OSError, subprocess.TimeoutExpired):
+        git("ls-files", "--error-unmatch", file.name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
         return None

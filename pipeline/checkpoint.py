@@ -106,6 +106,8 @@ class ResumePoints:
         points = resume_points(self.folder.parent)
         damaged = []
         for older, point in reversed([*pairwise([None, *points])]):
+            if _is_newer(point):  # going on from an older one would end in removing this one
+                raise CheckpointError(f"{point}: written by a newer version of this program; update it, or use --fresh")
             fault = verify(point)
             if fault is None:
                 if damaged:
@@ -139,7 +141,7 @@ class ResumePoints:
         status = self.folder.parent / "status.json"
         try:
             return int(read_json(status).get("saved_step", 0)) if status.is_file() else 0
-        except (ValueError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return 0
 
 
@@ -159,15 +161,36 @@ def verify(point: Path) -> str | None:
         manifest = read_json(point / "manifest.json")
         if manifest["schema_version"] > SCHEMA_VERSION:
             return f"{point.name}: written by a newer version of this program"
+        if manifest["schema_version"] != SCHEMA_VERSION:
+            return f"{point.name}: schema version {manifest['schema_version']!r}, expected {SCHEMA_VERSION}"
+        present = {path.name for kind in ("weights", "buffers") for path in point.glob(f"{kind}-*.safetensors")}
+        if unlisted := sorted({"state.json", *present} - manifest["files"].keys()):
+            return f"{point.name}: {unlisted[0]} is not in its manifest"
         for name, record in manifest["files"].items():
             path = point / name
+            if path.name != name:
+                return f"{point.name}: its manifest names a file elsewhere: {name!r}"
             if not path.is_file():
                 return f"{point.name}: {name} is missing"
             if _record(path) != record:
                 return f"{point.name}: {name} does not match its digest"
+        state = read_json(point / "state.json")
+        found = state["schema_version"], state["step"]
+        if found != (SCHEMA_VERSION, step_of(point)) or not isinstance(state.get("hooks", {}), dict):
+            return f"{point.name}: state.json is of schema version and step {found}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{point.name}: its manifest can't be read ({type(error).__name__})"
     return None
+
+
+def _is_newer(point: Path) -> bool:
+    for name in ("manifest.json", "state.json"):
+        try:
+            if read_json(point / name)["schema_version"] > SCHEMA_VERSION:
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
 
 
 def load_state(point: Path) -> dict[str, Any]:
@@ -191,11 +214,28 @@ def load_buffers(point: Path, rank: int, world_size: int) -> list[dict[str, Tens
 def _load_all(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+        tensors |= load_tensor_file(file)
     return tensors
+
+
+def load_tensor_file(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError for anything else."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
+
+
+def load_best(folder: Path) -> dict[str, Tensor]:
+    """The weights of the best evaluation. Raises CheckpointError if they are not those that were kept."""
+    path = folder / "weights.safetensors"
+    try:
+        intact = read_json(folder / "best.json")["sha256"] == sha256(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path}: missing, or not what was kept; restore it, or start over with --fresh")
+    return load_tensor_file(path)
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -35,11 +35,11 @@ class RuntimeConfig(Strict):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
-    processes: int | None = Field(None, ge=1)
+    processes: int | None = Field(None, ge=1, le=1024)
     """Processes that `vitruvian run` starts for a training stage; unset: one per GPU, one on a CPU."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=1024)
     """Data loading processes per rank; unset: one on a CPU, beside a GPU the cores shared out, at most 8."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads per rank; unset: the cores shared out over the ranks of this machine."""
     deterministic: bool = False
     """Deterministic GPU kernels, for bitwise resume on a GPU. On a CPU resume is always bitwise."""
@@ -184,6 +184,9 @@ class StageConfig(Strict):
         """Local files outside any artifact that change the result: their content is in the fingerprint."""
         return []
 
+    def check(self, pipeline: "PipelineConfig") -> None:
+        """Raises ConfigError for what does not go together with the rest of the pipeline. Starts and opens nothing."""
+
     def references(self) -> dict[str, str]:
         """The inputs by label: names of stages, paths or URIs. Unset ones are left out."""
         inputs = getattr(self, "inputs", None)
@@ -199,7 +202,7 @@ class StageConfig(Strict):
 class PipelineConfig(Strict):
     """A whole pipeline file."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=80)
     """Names the run directories and the MLflow experiment."""
     description: str = ""
     """What it is for: which paper row, which data, what was measured."""
@@ -217,7 +220,7 @@ class PipelineConfig(Strict):
     """Jobs of `vitruvian submit`."""
     storage: StorageConfig = StorageConfig()
     """Copies elsewhere."""
-    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")], Any]
+    stages: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=80)], Any]
     """Stage sections by name; a name is a folder of the workspace."""
 
     @field_validator("workspace", mode="after")

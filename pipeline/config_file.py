@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline import plain_yaml
 from pipeline.config import PipelineConfig, StageConfig
 from pipeline.errors import ConfigError
 
@@ -43,17 +43,28 @@ def load_pipeline(
     if mistakes:
         raise ConfigError(f"{source}: " + "\n  ".join(mistakes))
     _check_references(str(source), pipeline)
+    for name, stage in pipeline.stages.items():
+        try:
+            stage.check(pipeline)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: stages.{name}: {error}") from None
     return pipeline
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, by safe_load. Raises ConfigError for anything else."""
+    """The mapping in a YAML file. Raises ConfigError for anything else, and for what `plain_yaml` does not take."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        if path.stat().st_size > plain_yaml.MAX_BYTES:
+            raise OSError(f"{path.stat().st_size} bytes, the limit is {plain_yaml.MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: can't be read: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    try:
+        content = plain_yaml.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping at the top, found {type(content).__name__}")
     return content
@@ -68,8 +79,9 @@ def shipped_presets() -> list[str]:
 def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
     """One line per mistake in a pydantic error: where, what is wrong, the value, the closest known key."""
     lines = []
-    for item in error.errors():
-        where = ".".join([prefix] * bool(prefix) + [str(part) for part in item["loc"]]) or "(top)"
+    mistakes = error.errors()
+    for item in mistakes[:_MOST_LINES]:
+        where = ".".join([prefix] * bool(prefix) + [_named(part) for part in item["loc"]]) or "(top)"
         if item["type"] == "extra_forbidden":
             known = sorted(_fields_at(model, item["loc"][:-1]))
             lines.append(f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known)}")
@@ -77,14 +89,34 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list
             lines.append(f"{where}: missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            found = "" if isinstance(item["input"], (dict, list)) else f", found {item['input']!r}"
+            found = "" if isinstance(item["input"], (dict, list)) else f", found {shown(item['input'])}"
             lines.append(f"{where}: {message[0].lower() + message[1:]}{found}")
+    if len(mistakes) > _MOST_LINES:
+        lines.append(f"and {len(mistakes) - _MOST_LINES} more mistakes in {prefix or 'the file'}")
     return lines
+
+
+_MOST_LINES = 20
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not too long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _named(part: Any) -> str:
+    """A key as a message shows it."""
+    text = str(part)
+    return text if len(text) <= 60 and text.isprintable() else shown(text)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`; did you mean 'x'?`, or the known words where none is close."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word[:100], known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
@@ -105,14 +137,21 @@ def _with_base(source: str | Path) -> dict[str, Any]:
 
 def _pipeline_path(name: str, beside: Path | None = None) -> Path:
     for candidate in ([beside / name] if beside else []) + [Path(name)]:
-        if candidate.is_file():
+        if _is_there(candidate) and candidate.is_file():
             return candidate
     preset = resources.files("configs") / "pipelines" / f"{name}.yaml"
-    if "/" not in name and preset.is_file():
+    if "/" not in name and name in shipped_presets():
         return Path(str(preset))
     raise ConfigError(
-        f"no pipeline {name!r}: neither a file nor a shipped preset{did_you_mean(name, shipped_presets())}"
+        f"no pipeline {shown(name)}: neither a file nor a shipped preset{did_you_mean(name, shipped_presets())}"
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # such as a name that is too long for a file
+        return False
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -126,17 +165,19 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key or not all(key.split(".")):
-        raise ConfigError(f"override {override!r}: expected key=value with a dotted key, such as stages.mae.steps=100")
+        raise ConfigError(
+            f"override {shown(override)}: expected key=value with a dotted key, such as stages.mae.steps=100"
+        )
     try:
         value = _value(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+    except ValueError as error:
+        raise ConfigError(f"override {shown(override)}: the value is not YAML: {error}") from None
     *parents, last = key.split(".")
     section = raw
     for part in parents:
         inner = section.get(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {part!r} is not a section")
+            raise ConfigError(f"override {shown(override)}: {part!r} is not a section")
         # A copy: sections that share one YAML anchor are one object, and only this one is meant.
         section[part] = dict(inner)
         section = section[part]
@@ -155,22 +196,24 @@ def _value(text: str) -> Any:
             return float(text)
         except ValueError:
             pass
-    return yaml.safe_load(text)
+    return plain_yaml.parse(text)
 
 
 def _stage(
     name: str, section: Any, kinds: Mapping[str, type[StageConfig]], others: list[str], mistakes: list[str]
 ) -> Any:
-    where = f"stages.{name}"
+    where = f"stages.{_named(name)}"
     if not isinstance(section, dict):
-        mistakes.append(f"{where}: expected a section, found {section!r}")
+        mistakes.append(f"{where}: expected a section, found {shown(section)}")
         return None
     kind = section.get("kind")
     if kind is None:
         mistakes.append(f"{where}: no such stage, or its kind is missing{did_you_mean(name, others)}")
         return None
     if not isinstance(kind, str) or kind not in kinds:
-        mistakes.append(f"{where}.kind: unknown stage kind {kind!r}{did_you_mean(str(kind), sorted(kinds))}")
+        mistakes.append(
+            f"{where}.kind: unknown stage kind {shown(kind)}{did_you_mean(kind if isinstance(kind, str) else '', sorted(kinds))}"
+        )
         return None
     try:
         return kinds[kind].model_validate(section)
@@ -182,10 +225,12 @@ def _stage(
 def _check_references(source: str, pipeline: PipelineConfig) -> None:
     for name, stage in pipeline.stages.items():
         for label, reference in stage.references().items():
-            looks_external = "/" in reference or ":" in reference or Path(reference).exists()
+            looks_external = "/" in reference or ":" in reference or _is_there(Path(reference))
             if reference not in pipeline.stages and not looks_external:
                 hint = did_you_mean(reference, sorted(pipeline.stages))
-                raise ConfigError(f"{source}: stages.{name}.inputs.{label}: no stage and no path {reference!r}{hint}")
+                raise ConfigError(
+                    f"{source}: stages.{name}.inputs.{label}: no stage and no path {shown(reference)}{hint}"
+                )
 
 
 def _fields_at(model: Any, loc: Sequence[Any]) -> set[str]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import ConfigError
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
@@ -37,9 +39,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+MAX_JSON = 1 << 28
+
+
 def read_json(path: Path) -> Any:
-    """Plain data of a JSON file. Raises OSError or ValueError."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Plain data of a JSON file of at most `MAX_JSON` bytes. Raises OSError or ValueError, whatever is in it."""
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path.stat().st_size} bytes, the limit is {MAX_JSON}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def require_writable(folder: Path) -> None:
+    """Makes a folder and writes into it, to find out now. Raises ConfigError that says what is in the way."""
+    probe = folder / f".writable-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ConfigError(f"{folder}: can't be written to ({reason}); choose another place or free this one") from None
 
 
 def fsync_tree(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.distributed import broadcast_object, gather_objects, sum_over_ranks
 from pipeline.errors import DataError, Stopped, VitruvianError
-from pipeline.files import staging, write_json
+from pipeline.files import sha256, staging, write_json
 from pipeline.heartbeat import Heartbeat
 from pipeline.recipe import Skipping
 from pipeline.status import Status
@@ -277,7 +277,8 @@ class Evaluate(Hook):
                 save_file(
                     {**weights, **{key: value.cpu() for key, value in buffers.items()}}, folder / "weights.safetensors"
                 )
-                write_json(folder / "best.json", {"step": trainer.step, "metrics": dict(metrics)})
+                digest = sha256(folder / "weights.safetensors")
+                write_json(folder / "best.json", {"step": trainer.step, "metrics": dict(metrics), "sha256": digest})
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "owed": self._owed}

@@ -125,6 +125,7 @@ class PoseSetup:
                     self.codec,
                     flip=False,
                     world=self.context.world,
+                    max_bad_fraction=self.config.max_bad_fraction,
                     tick=self.context.tick,
                 )
             return score(annotations, predictions, image_ids=names).metrics

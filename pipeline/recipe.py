@@ -6,9 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import NotInFingerprint, StageConfig, Strict
+from pipeline.config import NotInFingerprint, PipelineConfig, StageConfig, Strict
+from pipeline.config_file import did_you_mean
 from pipeline.data.augmentation import PoseAugmentation
-from pipeline.data.definitions import DatasetSource
+from pipeline.data.definitions import DatasetSource, load_definition
 from pipeline.errors import ConfigError
 from pipeline.models.config import PoseConfig
 
@@ -93,11 +94,11 @@ class TrainingConfig(StageConfig):
     layered: ClassVar[bool] = False
     """True for kinds that know which layer a parameter is of."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=1_000_000_000)
     """Length in optimizer steps; give this or `epochs`."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0, le=1_000_000)
     """Length in passes over the shards."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=10_000_000)
     """Samples per optimizer step over all ranks; per-rank batch and accumulation derive from it."""
     optimizer: Optimizer
     """Rates and decays."""
@@ -181,7 +182,7 @@ class PoseTrainingConfig(TrainingConfig):
     """Of windows; the released settings of ViTPose unless changed."""
     sigma: float | None = Field(None, gt=0)
     """Of target heatmaps, in heatmap pixels; unset: 2 at 64x48, scaled with the heatmap."""
-    weights: dict[str, float] | None = None
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Sampling weights by dataset, with replacement; unset: every sample once an epoch."""
     evaluation: PeriodicEvaluation | None = None
     """Periodic evaluation; needs inputs.data."""
@@ -195,6 +196,20 @@ class PoseTrainingConfig(TrainingConfig):
         if self.evaluation is not None and "data" not in self.references():
             raise ValueError("evaluation needs inputs.data, the raw data to evaluate on")
         return self
+
+    def check(self, pipeline: PipelineConfig) -> None:
+        """Weights are of datasets that the shards will hold, as far as a stage of this pipeline makes them."""
+        made = getattr(pipeline.stages.get(self.references()["shards"]), "datasets", None)
+        if self.weights is None or made is None:
+            return
+        names = [load_definition(source.name).name for source in made]
+        unknown = [name for name in self.weights if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"weights: {unknown[0]!r} is not among the datasets of the shards{did_you_mean(unknown[0], names)}"
+            )
+        if not sum(self.weights.values()):
+            raise ConfigError("weights: at least one must be above 0")
 
     def sources(self) -> list[DatasetSource]:
         """Raw data that is read."""

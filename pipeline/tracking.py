@@ -46,15 +46,17 @@ class MetricsFile:
             stream.write(json.dumps(line) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a line torn by a kill is left out."""
+        """All whole lines; a line torn by a kill, or of another form, is left out."""
         if not self.path.is_file():
             return []
         lines = []
         for text in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                lines.append(json.loads(text))
-            except ValueError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 continue
+            if _is_line(line):
+                lines.append(line)
         return lines
 
     def cut(self, step: int) -> None:
@@ -62,6 +64,11 @@ class MetricsFile:
         kept = [line for line in self.read() if line["step"] <= step]
         if self.path.is_file():
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _is_line(line: Any) -> bool:
+    kinds = {"time": int, "step": int, "event": str, "metrics": dict}
+    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in kinds.items())
 
 
 class Tracker:

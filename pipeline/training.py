@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline.checkpoint import ResumePoints
+from pipeline.checkpoint import ResumePoints, load_best
 from pipeline.context import Context
 from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection
@@ -84,10 +83,6 @@ def train(
     world = context.world
     order = _order(collection, context.seed, weights)
     total = config.total_steps(order.epoch_length)
-    if average_decay is not None and context.pipeline.engine.zero_stage == 3:
-        raise ConfigError(
-            "average_decay keeps whole weights on rank 0, which ZeRO 3 does not hold; use engine.zero_stage=1"
-        )
     engine = Engine(
         objective,
         [{"lr": 0.0, **group} for group in groups],
@@ -123,9 +118,7 @@ def train(
     trainer.fit()
     state = _final_state(engine, objective, average)
     if keep_best and evaluate is not None and world.is_main:
-        state = {
-            name: value for name, value in load_file(evaluate.folder / "weights.safetensors").items() if name in state
-        }
+        state = {name: value for name, value in load_best(evaluate.folder).items() if name in state}
     metrics = {"steps": float(total)}
     if trainer.result is not None:
         metrics["final_loss"] = trainer.result.loss

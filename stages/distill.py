@@ -64,27 +64,21 @@ class Config(PoseTrainingConfig):
 
 def run(context: Context, config: Config) -> None:
     """Collective. Trains the student to the end and publishes it."""
-    from pipeline.errors import ArtifactError
     from pipeline.models.knowledge_token import bridge
-    from pipeline.models.loading import TokenSpec, load_pose, read_spec, read_tensors
+    from pipeline.models.loading import load_pose, load_token
     from pipeline.objectives import DistillObjective
     from pipeline.pose_training import PoseSetup, require_compatible
 
     setup = PoseSetup.of(context, config)
-    teacher = None
+    teacher = token = None
     if context.has("teacher"):
         teacher, spec = load_pose(context.artifact("teacher"))
         require_compatible(setup.spec, spec)
-    token = None
     if config.distillation.token:
-        description = read_spec(context.artifact("token"))
-        digest = context.artifact("teacher").digest
-        if not isinstance(description, TokenSpec) or description.teacher != digest:
-            fitted_on = getattr(description, "teacher", "no teacher")[:12]
-            raise ArtifactError(
-                f"inputs.token was fitted on {fitted_on}, not on inputs.teacher {digest[:12]}; fit one on it"
-            )
-        token = bridge(read_tensors(context.artifact("token"))["token"], config.model.backbone.width, context.seed)
+        assert teacher is not None, "the config asks for both"
+        width = teacher.config.backbone.width
+        fitted = load_token(context.artifact("token"), context.artifact("teacher").digest, width)
+        token = bridge(fitted, config.model.backbone.width, context.seed)
         setup = setup.with_tokens(token.shape[1])
     student = setup.new_model(context.artifact("init") if context.has("init") else None)
     if token is not None:

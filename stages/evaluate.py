@@ -40,6 +40,8 @@ class Config(StageConfig):
     """Average the heatmaps of an image and its mirror image."""
     batch_size: Annotated[int, NotInFingerprint] = Field(64, ge=1)
     """People per forward."""
+    max_bad_fraction: Annotated[float, NotInFingerprint] = Field(0.001, ge=0, le=1)
+    """Share of people whose image can't be read at which the stage stops; below it they count as not found."""
     bootstrap: int = Field(1000, ge=0)
     """Resamplings of the images for 95 % intervals; 0 is none."""
     compare: list[tuple[str, str]] = []
@@ -72,6 +74,7 @@ def run(context: Context, config: Config) -> None:
         batch_size=config.batch_size,
         bootstrap=config.bootstrap,
         seed=context.seed,
+        max_bad_fraction=config.max_bad_fraction,
     )
     names = [source.name for source in config.datasets]
     for source in config.datasets:

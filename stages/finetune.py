@@ -8,8 +8,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
+from pipeline.config import PipelineConfig, Strict
 from pipeline.context import Context
+from pipeline.errors import ConfigError
 from pipeline.recipe import PoseTrainingConfig
 
 
@@ -39,6 +40,12 @@ class Config(PoseTrainingConfig):
         if self.average_decay is not None and self.keep == "best":
             raise ValueError("average_decay publishes the average, keep: best the best weights: choose one")
         return self
+
+    def check(self, pipeline: PipelineConfig) -> None:
+        """Adds that an average of the weights needs them whole."""
+        super().check(pipeline)
+        if self.average_decay is not None and pipeline.engine.zero_stage == 3:
+            raise ConfigError("average_decay keeps whole weights, which ZeRO 3 does not hold: use engine.zero_stage=1")
 
 
 def run(context: Context, config: Config) -> None:

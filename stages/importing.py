@@ -14,6 +14,9 @@ from pipeline.config import StageConfig, Strict
 from pipeline.context import Context
 from pipeline.models.config import MAEConfig
 
+MAX_BYTES = 1 << 36
+"""Of a checkpoint file."""
+
 
 class Inputs(Strict):
     """Nothing of this pipeline."""
@@ -57,7 +60,7 @@ def run(context: Context, config: Config) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder) / ("weights" + Path(config.source).suffix)
-        local.write_bytes(read_bytes(config.source))
+        local.write_bytes(read_bytes(config.source, limit=MAX_BYTES))
         found = sha256(local)
         if config.sha256 not in (None, found):
             raise DataError(f"{config.source}: sha256 is {found}, expected {config.sha256}")

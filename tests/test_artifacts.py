@@ -107,11 +107,13 @@ def test_a_manifest_whose_list_was_changed_is_refused(artifact: Artifact) -> Non
     assert "digest does not match its list of files" in refused(artifact.path)
 
 
+@pytest.mark.fault(31)
 def test_a_newer_schema_is_refused(artifact: Artifact) -> None:
     rewrite(artifact.path, lambda manifest: manifest.update(schema_version=2, something_new=1))
     assert "schema version 2 is newer" in refused(artifact.path)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("name", ["../x", "/etc/hostname", "sub/../../x"])
 def test_a_path_that_escapes_the_folder_is_refused(tmp_path: Path, artifact: Artifact, name: str) -> None:
     (tmp_path / "x").write_bytes(b"outside")
@@ -125,6 +127,7 @@ def test_a_path_that_escapes_the_folder_is_refused(tmp_path: Path, artifact: Art
     assert f"names a file outside the artifact: {name!r}" in refused(artifact.path)
 
 
+@pytest.mark.fault(24)
 def test_a_link_that_leads_outside_is_refused(tmp_path: Path, artifact: Artifact) -> None:
     (tmp_path / "x").write_bytes(b"weights")
     (artifact.path / "model.safetensors").unlink()
@@ -132,6 +135,7 @@ def test_a_link_that_leads_outside_is_refused(tmp_path: Path, artifact: Artifact
     assert "outside the artifact" in refused(artifact.path)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", "{}", '{"schema_version": "two"}', '{"schema_version": null}', "\xff"]
 )

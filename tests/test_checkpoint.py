@@ -168,6 +168,7 @@ def test_a_kill_before_the_rename_publishes_nothing(tmp_path: Path, monkeypatch:
     assert points.newest() == tmp_path / "resume" / "step-00000004"
 
 
+@pytest.mark.fault(24)
 def test_weights_that_are_no_safetensors_are_an_error(tmp_path: Path) -> None:
     point = save(tmp_path, 4).newest()
     (point / "weights-00000.safetensors").write_bytes(b"\x80\x04K\x01.")

@@ -49,6 +49,7 @@ def test_a_file_is_validated_into_typed_sections(file: Path) -> None:
     assert pipeline.engine.zero_stage == 1 and pipeline.seed == 0
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("override", "where", "hint"),
     [
@@ -69,6 +70,7 @@ def test_an_unknown_key_names_its_place_and_the_closest_known_one(
     assert "\n" not in message
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("override", "where", "found"),
     [
@@ -164,6 +166,7 @@ def test_an_unknown_preset_names_the_closest(tmp_path: Path) -> None:
     assert mistake("demoo").endswith("did you mean 'demo'?")
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -190,6 +193,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
         read_yaml(path)
 
 
+@pytest.mark.fault(25)
 def test_a_yaml_object_tag_runs_nothing(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     path = tmp_path / "evil.yaml"

@@ -13,7 +13,7 @@ from pipeline.data.readers import files
 from pipeline.data.readers.aic import read_aic
 from pipeline.data.readers.coco import read_coco
 from pipeline.data.readers.mpii import read_mpii
-from pipeline.data.readers.records import ImageRecord, Problem, is_id, is_number, number_rows, shown
+from pipeline.data.readers.records import LARGEST, ImageRecord, Problem, is_id, is_number, number_rows, shown
 from pipeline.errors import DataError
 
 __all__ = ["Annotations", "Detection", "ImageRecord", "Problem", "read", "read_detections"]
@@ -91,7 +91,7 @@ def read(source: DatasetSource, root: str | Path) -> Annotations:
 def read_detections(annotations: Annotations) -> list[Detection]:
     """The detector's person boxes (category 1) on the annotated images, in file order, whatever their score.
 
-    Boxes without size are left out, and counted in the log. Raises DataError if the split has no detections, names
+    Boxes without size, and huge ones, are left out, and counted in the log. Raises DataError if the split has no detections, names
     the first malformed entry, and if none of the boxes lies on an annotated image.
     """
     file = annotations.files.detections
@@ -114,14 +114,14 @@ def read_detections(annotations: Annotations) -> list[Detection]:
         raise DataError(
             f"{file}: detection {broken[0]}: bbox: expected numbers, found {shown(entries[broken[0]]['bbox'])}"
         )
-    sized = (boxes[:, 2:] > 0).all(axis=1).tolist()
+    sized = ((boxes[:, 2:] > 0).all(axis=1) & (np.abs(boxes) <= LARGEST).all(axis=1)).tolist()
     rows = zip(entries, boxes.tolist(), sized, strict=True)
     people = [row for row in rows if row[0]["category_id"] == 1 and row[0]["image_id"] in annotations.images]
     detections = [
         Detection(entry["image_id"], tuple(box), float(entry["score"])) for entry, box, fine in people if fine
     ]
     log.info(
-        "%s: %d of %d boxes used, %d without size left out",
+        "%s: %d of %d boxes used, %d without size or huge left out",
         file,
         len(detections),
         len(entries),

@@ -9,12 +9,15 @@ from PIL import Image
 
 from pipeline.data.annotations import Annotations, Problem, read, read_detections
 from pipeline.data.definitions import DatasetSource, ResolvedFiles
+from pipeline.data.images import FORMATS, MAX_PIXELS
 from pipeline.data.instance import Instance
 from pipeline.data.readers import files
-from pipeline.data.readers.records import ImageRecord
+from pipeline.data.readers.records import ImageRecord, named
 
 MAX_ASPECT = 10.0
 """A box more elongated than this is suspicious."""
+MIN_PEOPLE, MIN_POINTS = 5, 3
+"""Boxes are compared with keypoints where at least so many people have at least so many labelled keypoints."""
 MAX_DISTANCE = 0.5
 """A keypoint farther outside its box than this share of the box's side is suspicious."""
 
@@ -110,14 +113,55 @@ def check(source: DatasetSource, root: str | Path) -> CheckReport:
 def _all_problems(annotations: Annotations) -> Iterator[Problem]:
     yield from annotations.problems
     for instance in annotations.instances:
-        where = f"{annotations.files.annotations}: annotation {instance.id} (image {instance.image_id})"
+        who = f"annotation {named(instance.id)} (image {named(instance.image_id)})"
+        where = f"{annotations.files.annotations}: {who}"
         for kind, what in _oddities(instance):
             yield Problem(where, what, dropped=False, kind=kind)
+    yield from _repetitions(annotations)
+    if _look_like_corners(annotations):
+        what = "most boxes hold their keypoints if read as x1, y1, x2, y2; expected x, y, width, height"
+        yield Problem(annotations.files.annotations, what, dropped=False, kind="boxes look like corners")
     for image in annotations.images.values():
         fault = _image_fault(image)
         if fault:
             kind, what = fault
             yield Problem(image.path, what, dropped=kind != "image size differs", kind=kind)
+
+
+def _repetitions(annotations: Annotations) -> Iterator[Problem]:
+    """What is there twice under two ids, and so counts twice in training and in AP."""
+    files_seen: dict[str, int | str] = {}
+    for image in annotations.images.values():
+        first = files_seen.setdefault(image.path, image.id)
+        if first != image.id:
+            what = f"the file of image {named(first)}, too"
+            yield Problem(image.path, what, dropped=False, kind="image under two ids")
+    people_seen: dict[tuple[int | str, object, bytes], int | str] = {}
+    for instance in annotations.instances:
+        same = (instance.image_id, instance.bbox, instance.keypoints.tobytes())
+        first = people_seen.setdefault(same, instance.id)
+        if first != instance.id:
+            where = f"{annotations.files.annotations}: annotation {named(instance.id)}"
+            what = f"box and keypoints are those of annotation {named(first)}"
+            yield Problem(where, what, dropped=False, kind="person annotated twice")
+
+
+def _look_like_corners(annotations: Annotations) -> bool:
+    """True where most boxes hold their person's keypoints if they are read as x1, y1, x2, y2.
+
+    Of sound boxes up to a fifth do (people near the top left corner), of corners three quarters and more.
+    """
+    fitting = judged = 0
+    for record in annotations.coco["annotations"] if annotations.coco else ():
+        points = np.array(record["keypoints"], np.float64).reshape(-1, 3)
+        points = points[points[:, 2] > 0, :2]
+        if len(points) < MIN_POINTS:
+            continue
+        judged += 1
+        start, end = np.array(record["bbox"], np.float64).reshape(2, 2)
+        slack = 0.05 * (end - start)
+        fitting += bool((end > start).all() and (points >= start - slack).all() and (points <= end + slack).all())
+    return judged >= MIN_PEOPLE and fitting > judged / 2
 
 
 def _labelled(annotations: Annotations) -> dict[str, int]:
@@ -148,8 +192,10 @@ def _oddities(instance: Instance) -> Iterator[tuple[str, str]]:
 def _image_fault(image: ImageRecord) -> tuple[str, str] | None:
     """Kind and description of what is wrong with an image file, by its header."""
     try:
-        with files.open_binary(image.path) as stream, Image.open(stream) as picture:
+        with files.open_binary(image.path) as stream, Image.open(stream, formats=FORMATS) as picture:
             width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
     except FileNotFoundError:
         return "image missing", "no such file"
     except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:

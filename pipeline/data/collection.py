@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.artifacts import Artifact
 from pipeline.config import Strict
@@ -21,12 +23,12 @@ DESCRIPTION = "shards.json"
 class ShardsDescription(Strict):
     """`shards.json` of an artifact of kind `shards`."""
 
-    schema_version: int = 1
+    schema_version: Literal[1] = 1
     base: str
-    """Folder or URL of the tars; a relative folder lies in the artifact."""
-    shards: list[str]
+    """Folder or URL of the tars; a folder lies in the artifact."""
+    shards: list[Annotated[str, Field(pattern=r"^shard-[0-9]{6,}\.tar$")]] = Field(min_length=1)
     """File names of the tars, in order."""
-    mode: str
+    mode: Literal["person", "image"]
     """person: wide crops; image: whole images."""
     max_input: tuple[int, int]
     """Largest input (H, W) that the stored crops serve without being enlarged."""
@@ -97,7 +99,7 @@ def open_shards(
     needs: the input (H, W) of the stage. cache: of samples, where the tars are remote. Raises ArtifactError if the
     crops were stored for a smaller input.
     """
-    description = ShardsDescription.model_validate(read_json(artifact.file(DESCRIPTION)))
+    description = _described(artifact.file(DESCRIPTION))
     largest = description.max_input
     if needs is not None and (needs[0] > largest[0] or needs[1] > largest[1]):
         raise ArtifactError(
@@ -106,8 +108,24 @@ def open_shards(
         )
     local = "://" not in description.base
     base = str(artifact.path / description.base) if local else description.base
+    if local and not Path(base).resolve().is_relative_to(artifact.path.resolve()):
+        raise ArtifactError(f"{artifact.path / DESCRIPTION}: its shards lie outside the artifact: {description.base!r}")
     indexes = [artifact.file(index_name(name)) for name in description.shards]
-    return Collection(ShardSet(base, description.shards, indexes, cache), description, artifact.digest)
+    collection = Collection(ShardSet(base, description.shards, indexes, cache), description, artifact.digest)
+    counts = {name: count for name, count in collection.counts().items() if count}
+    if counts != {name: count for name, count in description.samples.items() if count}:
+        raise ArtifactError(f"{artifact.path / DESCRIPTION}: says {description.samples}, the indexes hold {counts}")
+    if unknown := sorted(counts.keys() - description.datasets.keys()):
+        raise ArtifactError(f"{artifact.path / DESCRIPTION}: does not say what dataset {unknown[0]!r} is")
+    return collection
+
+
+def _described(path: Path) -> ShardsDescription:
+    try:
+        return ShardsDescription.model_validate(read_json(path))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{path}: no description of shards that this program reads: {reason}") from None
 
 
 def index_name(shard: str) -> str:

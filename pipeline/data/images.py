@@ -2,6 +2,8 @@
 
 import io
 import logging
+import os
+import stat
 import warnings
 
 import cv2
@@ -14,8 +16,15 @@ from pipeline.errors import DataError
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 28
+"""Of an image file: 100 million pixels of noise, losslessly compressed, need more, but no photograph does."""
+# By name: others of Pillow's formats start programs (EPS) or read what no image folder should hold.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
+_PART = 1 << 26
+_PIXELS_A_BYTE = 1000
+"""Of a JPEG: even a grey one of one colour needs a bit for each block of 64 pixels."""
 _RGB_BY_PIL = frozenset({"CMYK", "YCbCr", "LAB", "HSV"})
 
 
@@ -33,7 +42,7 @@ def decode_image(
     if header.mode in _RGB_BY_PIL or header.format == "GIF":
         image = _decode_pil(data, where)
     else:
-        if header.format == "JPEG" and not data.rstrip(b"\0\r\n ").endswith(_JPEG_END):
+        if header.format in ("JPEG", "MPO") and not data.rstrip(b"\0\r\n ").endswith(_JPEG_END):
             _decode_pil(data, where)  # OpenCV 4 silently fills the missing part with grey; Pillow refuses
         image = decode_stored(data, where=where)
     if image.shape[:2] != header.size[::-1]:
@@ -61,15 +70,22 @@ def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
     return data.tobytes()
 
 
-def read_bytes(path_or_url: str) -> bytes:
-    """All bytes of a local file or of an fsspec URL (`s3://`, `gs://`, `https://`, ...). Raises DataError."""
+def read_bytes(path_or_url: str, limit: int = MAX_BYTES) -> bytes:
+    """All bytes of a local file or of an fsspec URL (`s3://`, `gs://`, `https://`, ...).
+
+    Raises DataError, also for more than `limit` bytes and for what is no ordinary file (a pipe would never end).
+    """
     source = str(path_or_url)
     try:
-        if "://" not in source:
-            with open(source, "rb") as stream:
-                return stream.read()
-        with fsspec.open(source, "rb") as stream:
-            return stream.read()
+        if "://" not in source and not stat.S_ISREG(os.stat(source).st_mode):
+            raise OSError("no ordinary file")
+        with open(source, "rb") if "://" not in source else fsspec.open(source, "rb") as stream:
+            parts = []
+            while part := stream.read(_PART):  # read(limit) would take as much memory as that at once
+                parts.append(part)
+                if sum(map(len, parts)) > limit:
+                    raise OSError(f"more than {limit} bytes")
+            return b"".join(parts)
     except FileNotFoundError:
         raise DataError(f"{source}: no such file; check the dataset's image folder") from None
     except Exception as error:  # noqa: BLE001 - every fsspec backend has its own network errors
@@ -80,7 +96,7 @@ def _header(data: bytes, where: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns below our own limit
-            header = Image.open(io.BytesIO(data))
+            header = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise DataError(f"{where}: refused before decoding: {error}") from None
     except Exception as error:  # noqa: BLE001 - Pillow raises SyntaxError, struct.error and more on damaged headers
@@ -90,6 +106,9 @@ def _header(data: bytes, where: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         limit = f"the limit is {max_pixels} pixels"
         raise DataError(f"{where}: refused before decoding: {width}x{height} pixels, {limit}")
+    if header.format in ("JPEG", "MPO") and width * height > _PIXELS_A_BYTE * len(data):
+        # Decoders fill the rest with grey, and do not say so.
+        raise DataError(f"{where}: refused before decoding: {width}x{height} pixels in {len(data)} bytes")
     return header
 
 
@@ -97,7 +116,7 @@ def _decode_pil(data: bytes, where: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            return np.asarray(Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB"))
     except Exception as error:  # noqa: BLE001 - as above
         raise DataError(f"{where}: truncated or damaged image: {error}") from None
 

@@ -49,6 +49,8 @@ class ShardsReport:
     """Annotations left out when they were read."""
     unreadable: int = 0
     """People left out because of their image or box."""
+    unread_evaluation_images: int = 0
+    """Evaluation images that can't be read, so that a copy of them among the training images is not found."""
     excluded: int = 0
     """People left out because their image is an evaluation image."""
     lost: float = 0.0
@@ -67,6 +69,7 @@ class ShardsReport:
             **counts,
             **{name: float(value) for name, value in left_out.items()},
             "left_out_evaluation_images": float(self.excluded),
+            "unread_evaluation_images": float(self.unread_evaluation_images),
             "shards": float(len(self.shards)),
             "lost_pixels": self.lost_pixels,
         }
@@ -108,7 +111,8 @@ def make_shards(
 
     part: (I, N) makes only every N-th shard from number I on, beside other processes that make the others, and leaves
     summing up to a later call without it: the report then holds no shards.
-    Raises DataError where more than `max_bad_fraction` of the people can't be read; each is named in the log.
+    Raises DataError where more than `max_bad_fraction` of the people, or of the images of `exclude`, can't be read; each
+    is named in the log.
     """
     work.mkdir(parents=True, exist_ok=True)
     read_sources = [read(source, root) for source in sources]
@@ -125,7 +129,7 @@ def make_shards(
         raise DataError(f"{root}: no usable person in {', '.join(source.name for source in sources)}")
     order = np.random.default_rng([seed, 0x5AAD]).permutation(len(people))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-        excluded = _excluded_digests(pool, exclude, root)
+        excluded, report.unread_evaluation_images = _excluded_digests(pool, exclude, root, max_bad_fraction)
         tasks = [
             _Task(
                 f"{output.rstrip('/')}/{shard_name(number)}" if output else str(work / "shards" / shard_name(number)),
@@ -208,9 +212,21 @@ def _tell_problems(annotations: Annotations) -> None:
         logger.warning("left out: %s: %s", problem.where, problem.what)
 
 
-def _excluded_digests(pool: ProcessPoolExecutor, exclude: list[DatasetSource], root: str) -> frozenset[str]:
+def _excluded_digests(
+    pool: ProcessPoolExecutor, exclude: list[DatasetSource], root: str, max_bad_fraction: float
+) -> tuple[frozenset[str], int]:
+    """Digests of the evaluation images, and how many of these can't be read."""
     paths = sorted({image.path for source in exclude for image in read(source, root).images.values()})
-    return frozenset(digest for digest in pool.map(_digest, paths, chunksize=64) if digest)
+    found = list(pool.map(_digest, paths, chunksize=64))
+    unread = [fault for _, fault in found if fault]
+    for fault in unread:
+        logger.warning("evaluation image: %s", fault)
+    if len(unread) > max_bad_fraction * len(paths):
+        raise DataError(
+            f"{len(unread)} of {len(paths)} images of `exclude` can't be read, more than max_bad_fraction "
+            f"{max_bad_fraction}; they are named above. Copies of them could not be kept out of the training data."
+        )
+    return frozenset(digest for digest, _ in found if digest), len(unread)
 
 
 def _run(pool: ProcessPoolExecutor, tasks: list[_Task]) -> None:
@@ -254,12 +270,12 @@ def _start_worker() -> None:
     cv2.setNumThreads(1)
 
 
-def _digest(path: str) -> str | None:
+def _digest(path: str) -> tuple[str | None, str | None]:
+    """Runs in a process of the pool: the digest of a file, or what is wrong with it."""
     try:
-        return hashlib.sha256(read_bytes(path)).hexdigest()
+        return hashlib.sha256(read_bytes(path)).hexdigest(), None
     except DataError as error:
-        logger.warning("evaluation image: %s", error)
-        return None
+        return None, str(error)
 
 
 def _make(task: _Task) -> None:

@@ -6,7 +6,6 @@ which is checked whenever they are read. Nothing is ever extracted.
 
 import hashlib
 import json
-import math
 import os
 import re
 import tarfile
@@ -254,9 +253,6 @@ def _encoded_meta(meta: Mapping[str, Any], where: str) -> bytes:
         valid = _META.validate_python(dict(meta))
     except ValidationError as error:
         raise DataError(f"{where}: {_first_mistake(error)}") from None
-    numbers = [*valid["bbox"], *(valid["window"] or ()), *(value for point in valid["keypoints"] for value in point)]
-    if not all(map(math.isfinite, numbers)):
-        raise DataError(f"{where}: a box or keypoint is not finite: {numbers}")
     return json.dumps(valid, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

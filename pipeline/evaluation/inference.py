@@ -4,6 +4,7 @@ Reads the original images, never a stored crop. On several ranks each takes an e
 parameters are sharded runs the same number of forwards everywhere.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ from pipeline.errors import DataError
 from pipeline.evaluation.predictions import Prediction
 from pipeline.models.pose import PoseModel
 from pipeline.models.preprocessing import normalise
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,14 @@ def predict(
     workers: int = 0,
     world: World | None = None,
     decoder: str | None = None,
+    max_bad_fraction: float = 0.0,
     tick: Callable[[], None] = lambda: None,
 ) -> list[Prediction]:
     """Keypoints of every request, in their order. Collective where a world of several ranks is given.
 
-    decoder: the dataset whose decoder is used; the definition's own unless given (OCHuman: COCO's). tick is called
-    once a batch and may raise, on all ranks. Raises DataError if an image can't be read.
+    decoder: the dataset whose decoder is used; the definition's own unless given (OCHuman: COCO's). Who is in an image
+    that can't be read is left out, with a warning, and so counts as not found; raises DataError where these are more than
+    `max_bad_fraction` of the requests. tick is called once a batch and may raise, on all ranks.
     """
     world = world or World(0, 0, 1, next(model.parameters()).device)
     name = decoder or definition.name
@@ -89,7 +94,7 @@ def predict(
     )
     flip_index = torch.from_numpy(definition.flip_index)
     points: list[Tensor] = []
-    faults: list[str] = []
+    faults: list[str | None] = []
     for images, unread in loader:
         tick()
         faults += unread
@@ -100,12 +105,16 @@ def predict(
             heatmaps = (heatmaps + flip_heatmaps(mirrored, flip_index)) / 2
         points.append(decode(heatmaps, codec).cpu())
     found = torch.cat(points).double().numpy()[: len(mine)] if points else np.zeros((0, definition.num_keypoints, 3))
-    predictions = [_to_image(request, one, codec) for request, one in zip(mine, found, strict=True)]
-    gathered = gather_objects((predictions, faults))
+    done = zip(mine, found, faults[: len(mine)], strict=True)
+    predictions = [_to_image(request, one, codec) for request, one, fault in done if fault is None]
     # Every rank went on to here with a blank image: all of them raise, none is left waiting.
-    for _, unread in gathered:
-        if unread:
-            raise DataError(unread[0])
+    gathered = gather_objects((predictions, [fault for fault in faults[: len(mine)] if fault is not None]))
+    unread = [fault for _, part in gathered for fault in part]
+    if len(unread) > max_bad_fraction * len(requests):
+        counts = f"{len(unread)} of {len(requests)} people's images can't be read"
+        raise DataError(f"{counts}, more than max_bad_fraction {max_bad_fraction}; the first: {unread[0]}")
+    for fault in dict.fromkeys(unread) if world.is_main else ():
+        logger.warning("counts as not found: %s", fault)
     return [prediction for part, _ in gathered for prediction in part]
 
 
@@ -161,5 +170,5 @@ def _read(path: str, size: tuple[int, int] | None) -> np.ndarray:
     return decode_image(read_bytes(path), where=path, size=size)
 
 
-def _collate(crops: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str]]:
-    return torch.stack([crop for crop, _ in crops]), [fault for _, fault in crops if fault is not None]
+def _collate(crops: list[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:
+    return torch.stack([crop for crop, _ in crops]), [fault for _, fault in crops]

@@ -42,6 +42,8 @@ class EvaluationReport:
     batch_size: int
     bootstrap: int
     seed: int
+    max_bad_fraction: float = 0.0
+    """Share of people whose image can't be read at which the evaluation stops; below it they count as not found."""
     metrics: dict[str, float] = field(default_factory=dict)
     """`<model>/<dataset>/<boxes>/<metric>`."""
     _rows: list[list[str]] = field(default_factory=list)
@@ -95,8 +97,21 @@ class EvaluationReport:
         make = requests_from_detections if kind == "detector" else requests_from_ground_truth
         requests = make(annotations, spec.codec.input_size)
         predictions = predict(
-            model, definition, requests, spec.codec, flip=self.flip, batch_size=self.batch_size, decoder=decoder
+            model,
+            definition,
+            requests,
+            spec.codec,
+            flip=self.flip,
+            batch_size=self.batch_size,
+            decoder=decoder,
+            max_bad_fraction=self.max_bad_fraction,
         )
+        if unread := len(requests) - len(predictions):
+            self.metrics[f"{name}/{label}/{kind}/unread"] = float(unread)
+            self._notes.append(
+                f"{name} on {label}, {kind.replace('_', ' ')} boxes: {unread} of {len(requests)} people are in images that "
+                "can't be read, and count as not found"
+            )
         found = score(annotations, predictions)
         self._kept[name, label, kind] = annotations, predictions
         self._record(name, label, annotations, kind, found)

@@ -39,19 +39,19 @@ class ViTConfig(Strict):
     """Preset that fills width, depth, heads and mlp_width: micro, mini, tiny, S, B, L, H, 1B. Given values win."""
     image_size: tuple[int, int] = (256, 192)
     """Height and width of the input in pixels; multiples of the patch size."""
-    patch_size: int = Field(16, ge=1)
+    patch_size: int = Field(16, ge=1, le=1024)
     """Side of a patch in pixels, which is also the stride."""
-    width: int = Field(ge=1)
+    width: int = Field(ge=1, le=65_536)
     """Channels of a token."""
-    depth: int = Field(ge=1)
+    depth: int = Field(ge=1, le=1000)
     """Number of transformer blocks."""
-    heads: int = Field(ge=1)
+    heads: int = Field(ge=1, le=65_536)
     """Attention heads; they divide the width."""
-    mlp_width: int = Field(ge=1)
+    mlp_width: int = Field(ge=1, le=1_000_000)
     """Hidden channels of a block's MLP; four times the width unless given."""
     drop_path: float = Field(0.0, ge=0.0, lt=1.0)
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
-    patch_padding: int = Field(2, ge=0)
+    patch_padding: int = Field(2, ge=0, le=1024)
     """Zero padding of the patch convolution in pixels: 2 in ViTPose (patches lie 2 pixels up and left), 0 in MAE."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more compute for a fraction of the memory."""
@@ -76,7 +76,7 @@ class ViTConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for side, name in zip(self.image_size, ("height", "width"), strict=True):
-            if side <= 0 or side % self.patch_size:
+            if not 0 < side <= 65_536 or side % self.patch_size:
                 raise ValueError(f"image {name} {side} is not a positive multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
@@ -106,7 +106,7 @@ class DecoderConfig(Strict):
     """classic: transposed convolutions; simple: bilinear upsampling by 4 and one convolution."""
     deconv_layers: int = Field(2, ge=0, le=4)
     """Transposed convolutions of the classic decoder; each doubles the resolution."""
-    filters: int = Field(256, ge=1)
+    filters: int = Field(256, ge=1, le=65_536)
     """Channels of the classic decoder."""
 
     @model_validator(mode="after")
@@ -129,7 +129,7 @@ class PoseConfig(Strict):
     """The shared vision transformer."""
     decoder: DecoderConfig = DecoderConfig()
     """The decoder, one a dataset."""
-    knowledge_tokens: int = Field(0, ge=0)
+    knowledge_tokens: int = Field(0, ge=0, le=4096)
     """Fixed tokens that a distilled student carries and appends to its patches; 0 for every other model."""
 
     @property
@@ -145,11 +145,11 @@ class MAEConfig(Strict):
     """The encoder; its patch_padding is 0 unless given and must be 0, and so must drop_path."""
     mask_ratio: float = Field(0.75, gt=0.0, lt=1.0)
     """Share of patches that the encoder does not see."""
-    decoder_width: int = Field(512, ge=4)
+    decoder_width: int = Field(512, ge=4, le=65_536)
     """Channels of the decoder; a multiple of 4 and of decoder_heads."""
-    decoder_depth: int = Field(8, ge=1)
+    decoder_depth: int = Field(8, ge=1, le=1000)
     """Blocks of the decoder."""
-    decoder_heads: int = Field(16, ge=1)
+    decoder_heads: int = Field(16, ge=1, le=65_536)
     """Attention heads of the decoder."""
     norm_pixels: bool = True
     """Predict each patch normalised by its own mean and variance."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class PoseSpec(Strict):
     schema_version: Literal[1] = 1
     model: Literal["pose"] = "pose"
     config: PoseConfig
-    datasets: dict[str, DatasetDefinition]
+    datasets: dict[str, DatasetDefinition] = Field(min_length=1)
     """Each decoder's keypoints, pairs and sigmas, as they were in training."""
     codec: CodecConfig
 
@@ -57,8 +57,8 @@ class TokenSpec(Strict):
     model: Literal["token"] = "token"
     teacher: str
     """Digest of the artifact of the teacher that it was fitted on."""
-    tokens: int
-    width: int
+    tokens: int = Field(ge=1, le=4096)
+    width: int = Field(ge=1, le=65_536)
 
 
 Spec = PoseSpec | MAESpec | TokenSpec
@@ -92,6 +92,12 @@ def read_tensors(artifact: Artifact) -> dict[str, Tensor]:
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Loads a state dict in which every tensor fits. Raises ArtifactError that names the first that do not."""
+    require_fit(module, tensors, where)
+    module.load_state_dict(dict(tensors))
+
+
+def require_fit(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises ArtifactError unless names and shapes are those of the module, which may lie on the meta device."""
     own = module.state_dict()
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     reshaped = [
@@ -104,7 +110,6 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], where: str) 
         raise ArtifactError(
             f"{where}: the weights do not fit the model: {'; '.join(faults[:5])} ({len(faults)} in all)"
         )
-    module.load_state_dict(dict(tensors))
 
 
 def load_pose(artifact: Artifact) -> tuple[PoseModel, PoseSpec]:
@@ -114,8 +119,10 @@ def load_pose(artifact: Artifact) -> tuple[PoseModel, PoseSpec]:
         raise ArtifactError(f"{artifact.path}: holds a model of type {spec.model!r}, expected a pose model")
     with torch.device("meta"):
         model = PoseModel(spec.config, spec.keypoints)
+    tensors = read_tensors(artifact)
+    require_fit(model, tensors, str(artifact.path))  # before memory is taken for what a description says
     model.to_empty(device="cpu")
-    load_strictly(model, read_tensors(artifact), str(artifact.path))
+    load_strictly(model, tensors, str(artifact.path))
     for name, buffer in model.named_buffers():
         if name.endswith("samples_seen"):
             buffer.zero_()
@@ -127,10 +134,35 @@ def load_mae(artifact: Artifact) -> tuple[MAE, MAESpec]:
     spec = read_spec(artifact)
     if not isinstance(spec, MAESpec) or spec.encoder_only:
         raise ArtifactError(f"{artifact.path}: does not hold a whole masked autoencoder")
+    tensors = read_tensors(artifact)
+    with torch.device("meta"):
+        require_fit(MAE(spec.config), tensors, str(artifact.path))
     model = MAE(spec.config)
     model.init_weights()
-    load_strictly(model, read_tensors(artifact), str(artifact.path))
+    load_strictly(model, tensors, str(artifact.path))
     return model.eval(), spec
+
+
+def load_token(artifact: Artifact, teacher: str, width: int) -> Tensor:
+    """The knowledge token (1, T, width) in an artifact. Raises ArtifactError unless it was fitted on this teacher.
+
+    teacher: digest of the teacher's artifact; width: of the teacher's backbone.
+    """
+    spec = read_spec(artifact)
+    if not isinstance(spec, TokenSpec):
+        raise ArtifactError(f"{artifact.path}: holds a model of type {spec.model!r}, expected a knowledge token")
+    if spec.teacher != teacher:
+        raise ArtifactError(
+            f"inputs.token was fitted on {spec.teacher[:12]}, not on inputs.teacher {teacher[:12]}; fit one on it"
+        )
+    token = read_tensors(artifact).get("token")
+    found = None if token is None else tuple(token.shape)
+    if token is None or found != (1, spec.tokens, width) or spec.width != width or not token.isfinite().all():
+        raise ArtifactError(
+            f"{artifact.path}: expected a finite token of shape {(1, spec.tokens, width)}, as wide as its teacher; "
+            f"found {found}, described with width {spec.width}"
+        )
+    return token
 
 
 def load_model(artifact: str | Path | Artifact) -> PoseModel:

@@ -107,7 +107,7 @@ def test_keypoints_a_little_outside_and_single_keypoints_are_fine(tmp_path: Path
 
 
 def test_problems_are_grouped_by_kind(tmp_path: Path) -> None:
-    bad = [person(number, 9) for number in range(10, 20)] + [person(20, 1, num_keypoints=3)]
+    bad = [person(number, 9) for number in range(10, 20)] + [person(20, 1, num_keypoints=3, bbox=[6, 10, 40, 50])]
     report = checked(tmp_path, [image(tmp_path, 1)], [person(1, 1), *bad])
     assert list(report.problems) == ["unknown image", "num_keypoints inconsistent"]
     group = report.problems["unknown image"]

@@ -37,6 +37,7 @@ def test_jpeg_survives_encoding_and_decoding_closely() -> None:
     np.testing.assert_array_equal(image, decode_stored(encode_jpeg(picture(), 95), where="x"))
 
 
+@pytest.mark.fault(19)
 def test_grey_palette_alpha_and_sixteen_bit_images_become_rgb() -> None:
     grey = picture()[..., 0]
     for data in (encoded(grey, "PNG"), encoded((grey.astype(np.uint16) * 256), "PNG")):
@@ -51,6 +52,7 @@ def test_grey_palette_alpha_and_sixteen_bit_images_become_rgb() -> None:
     np.testing.assert_allclose(decode_image(stream.getvalue(), where="x"), flat, atol=4)
 
 
+@pytest.mark.fault(19)
 def test_cmyk_jpeg_has_the_colours_that_pillow_gives_it() -> None:
     stream = io.BytesIO()
     Image.fromarray(picture()).convert("CMYK").save(stream, "JPEG", quality=95)
@@ -58,6 +60,7 @@ def test_cmyk_jpeg_has_the_colours_that_pillow_gives_it() -> None:
     assert np.abs(image.astype(int) - picture()).mean() < 4
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_a_truncated_image_is_refused_by_name(kind: str, share: float) -> None:
@@ -67,12 +70,14 @@ def test_a_truncated_image_is_refused_by_name(kind: str, share: float) -> None:
         decode_image(data[: int(len(data) * share)], where="folder/one.jpg")
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"hello world, this is text", b"\x89PNG\r\n\x1a\n" + bytes(30)])
 def test_bytes_that_are_no_image_are_refused_by_name(data: bytes) -> None:
     with pytest.raises(DataError, match="one.jpg"):
         decode_image(data, where="one.jpg")
 
 
+@pytest.mark.fault(19)
 def test_a_truncated_jpeg_with_a_whole_thumbnail_is_refused() -> None:
     exif = Image.Exif()
     exif[0x010E] = "\xff\xd9 looks like an end"
@@ -87,6 +92,7 @@ def test_a_jpeg_with_bytes_after_its_end_is_accepted() -> None:
     np.testing.assert_array_equal(decode_image(data + b"trailing garbage", where="x"), decode_image(data, where="x"))
 
 
+@pytest.mark.fault(19)
 def test_a_decompression_bomb_is_refused_before_decoding() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -100,6 +106,7 @@ def test_a_decompression_bomb_is_refused_before_decoding() -> None:
         decode_image(encoded(picture(), "PNG"), where="x", max_pixels=2399)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_orientation_is_ignored_unless_the_annotated_size_asks_for_it(orientation: int) -> None:
     exif = Image.Exif()

@@ -115,6 +115,7 @@ def test_a_flipped_byte_is_detected_by_shard_and_key_and_costs_only_its_sample(f
     assert index.read(7).key == "coco-0007"
 
 
+@pytest.mark.fault(18)
 def test_a_truncated_shard_still_counts_its_samples_and_names_the_lost_ones(folder: Path) -> None:
     path = folder / shard_name(0)
     path.write_bytes(path.read_bytes()[:3000])
@@ -127,6 +128,7 @@ def test_a_truncated_shard_still_counts_its_samples_and_names_the_lost_ones(fold
     assert all(isinstance(item, DataError) for item in ShardSet(folder).read_many(range(5)))
 
 
+@pytest.mark.fault(18)
 def test_missing_shards_and_damaged_indexes_are_refused_at_once(folder: Path) -> None:
     place = Path(index_path(folder / shard_name(0)))
     whole = place.read_bytes()
@@ -145,6 +147,7 @@ def test_missing_shards_and_damaged_indexes_are_refused_at_once(folder: Path) ->
         ShardSet(folder / "nowhere")
 
 
+@pytest.mark.fault(20)
 def test_an_index_of_another_shard_is_detected(folder: Path) -> None:
     swapped = [index_path(folder / shard_name(n)) for n in (1, 0)]
     shards = ShardSet(folder, [shard_name(0), shard_name(1)], swapped)
@@ -160,6 +163,7 @@ def test_an_index_with_a_changed_dataset_is_detected(folder: Path) -> None:
         ShardSet(folder).read(0)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("key", ["", "../evil", "a.b", "a/b", "x" * 81, "é"])
 def test_keys_that_could_leave_a_folder_or_confuse_a_reader_are_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(DataError, match="key"):
@@ -167,11 +171,12 @@ def test_keys_that_could_leave_a_folder_or_confuse_a_reader_are_refused(tmp_path
     assert not list(tmp_path.iterdir()), "a refused shard leaves nothing behind"
 
 
+@pytest.mark.fault(20)
 def test_duplicate_keys_bad_descriptions_and_empty_shards_are_refused(tmp_path: Path) -> None:
     wrong: list[tuple[list, str]] = [
         ([("a", b"x", meta()), ("a", b"y", meta())], "more than once"),
         ([("a", b"x", {**meta(), "bbox": (1.0, 2.0)})], "bbox"),
-        ([("a", b"x", {**meta(), "bbox": (1.0, 2.0, float("nan"), 1.0)})], "not finite"),
+        ([("a", b"x", {**meta(), "bbox": (1.0, 2.0, float("nan"), 1.0)})], "bbox.2: Input should be a finite number"),
         ([("a", b"x", {k: v for k, v in meta().items() if k != "dataset"})], "dataset"),
         ([], "at least one"),
     ]

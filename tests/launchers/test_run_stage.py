@@ -77,6 +77,7 @@ def plan(file: str, name: str, **changes: Any) -> StagePlan:
     return graph.plan(load_pipeline(file, [], KINDS), [name], **changes)[name]
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -102,6 +103,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -136,6 +136,7 @@ def republish(artifact: Artifact, folder: Path, change: Callable[[Path], None]) 
     return publish(staged, folder / "again", **fields)
 
 
+@pytest.mark.fault(24)
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
     artifact = publish_model(tmp_path, POSE, {"x": torch.ones(1)})
     broken = republish(artifact, tmp_path, lambda staged: (staged / "model.safetensors").write_bytes(b"\x80\x04K\x01."))
@@ -143,6 +144,7 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
         read_tensors(broken)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize(
     "content", [[], {}, {"model": "gpt"}, {"model": ["pose"]}, {"model": "pose"}, {"model": "token", "extra": 1}]
 )
@@ -154,6 +156,7 @@ def test_a_description_that_makes_no_sense_is_refused_in_one_line(tmp_path: Path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(31)
 def test_a_description_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     artifact = publish_model(tmp_path, MAE_SPEC, {"x": torch.ones(1)})
     content = read_json(artifact.path / "model.json") | {"schema_version": 2}

@@ -77,6 +77,7 @@ class Evil:
         return os.system, (f"touch {self.canary}",)
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_with_code_is_refused_and_runs_nothing(tmp_path: Path, zipped: bool) -> None:
     canary, path = tmp_path / "canary", tmp_path / "evil.pth"
@@ -87,6 +88,7 @@ def test_a_file_with_code_is_refused_and_runs_nothing(tmp_path: Path, zipped: bo
     assert not canary.exists()
 
 
+@pytest.mark.fault(24)
 def test_a_plain_pickle_with_code_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     canary, path = tmp_path / "canary", tmp_path / "evil.pth"
     path.write_bytes(pickle.dumps(Evil(canary), protocol=2))
@@ -97,6 +99,7 @@ def test_a_plain_pickle_with_code_is_refused_and_runs_nothing(tmp_path: Path) ->
     assert canary.exists(), "the file was not dangerous at all"
 
 
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("content", [b"", b"hello world\n", b"\x80\x02", b"PK\x03\x04", b"\x80\x02l.", b"\x00" * 64])
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_garbage_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
@@ -106,6 +109,7 @@ def test_garbage_is_refused_in_one_line(tmp_path: Path, name: str, content: byte
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault(24)
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     path = pth(tmp_path / "x.pth", {"model": {"a": torch.ones(4)}})
     whole = path.read_bytes()

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.readers.coco import read_coco
-from pipeline.data.readers.records import Parsed, Problem, is_id, is_number, shown
+from pipeline.data.readers.records import Parsed, Problem, is_id, is_number, named, shown
 from pipeline.errors import DataError
 
 VISIBILITY = {1: 2, 2: 1, 3: 0}
@@ -25,13 +25,20 @@ def read_aic(data: Any, definition: DatasetDefinition, file: str, folder: str) -
         raise DataError(f"{file}: the list of images is empty")
     problems: list[Problem] = []
     images, annotations, records = [], [], 0
+    seen: set[int | str] = set()
     for position, record in enumerate(data):
         fault = _fault(record)
         if fault:
             problems.append(Problem(f"{file}: [{position}]", fault, True, "mistyped record"))
             continue
-        images.append({"id": record["image_id"], "file_name": f"{record['image_id']}.jpg"})
         records += len(record["keypoint_annotations"])
+        if record["image_id"] in seen:  # its people are there already: they would count twice
+            what = f"the image is there before; its {len(record['keypoint_annotations'])} people are left out"
+            place = f"{file}: image {named(record['image_id'])}"
+            problems.append(Problem(place, what, True, "duplicate image id"))
+            continue
+        seen.add(record["image_id"])
+        images.append({"id": record["image_id"], "file_name": f"{record['image_id']}.jpg"})
         for annotation in _people(record, definition.num_keypoints, file, problems):
             annotations.append(annotation | {"id": len(annotations) + 1})
     if not annotations:
@@ -54,7 +61,7 @@ def _fault(record: Any) -> str | None:
 def _people(record: dict[str, Any], keypoints: int, file: str, problems: list[Problem]) -> Iterator[dict[str, Any]]:
     """The people of one image in COCO's form, without ids."""
     for person, points in record["keypoint_annotations"].items():
-        where = f"{file}: image {record['image_id']}, {person}"
+        where = f"{file}: image {named(record['image_id'])}, {named(person)}"
         box = record["human_annotations"].get(person)
         if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
             what = f"human_annotations: expected x1, y1, x2, y2, found {shown(box)}"

@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.instance import Instance
 from pipeline.data.readers import files
-from pipeline.data.readers.records import ImageRecord, Parsed, is_id, is_number, number_rows, shown
+from pipeline.data.readers.records import LARGEST, ImageRecord, Parsed, is_id, is_number, named, number_rows, shown
 from pipeline.data.readers.truth import ground_truth
 from pipeline.errors import DataError
 
@@ -68,18 +68,22 @@ def read_images(records: list[Any], folder: str, parsed: Parsed) -> None:
             parsed.note(f"images[{position}]", "mistyped record", what, dropped=True)
             continue
         image_id, name = record["id"], record["file_name"]
+        where = f"image {named(image_id)}"
         if image_id in parsed.images:
-            what = f"id of {parsed.images[image_id].file_name} and of {name}; the first is kept"
-            parsed.note(f"image {image_id}", "duplicate image id", what, dropped=True)
+            what = f"id of {parsed.images[image_id].file_name} and of {named(name)}; the first is kept"
+            parsed.note(where, "duplicate image id", what, dropped=True)
+            continue
+        if not files.stays_below(name):
+            parsed.note(where, "image outside its folder", f"file_name {shown(name)}: not looked at", dropped=True)
             continue
         size = [record.get("width"), record.get("height")]
-        if not all(isinstance(side, int) and side > 0 for side in size):
+        if not all(is_number(side) and isinstance(side, int) and 0 < side <= LARGEST for side in size):
             if size != [None, None]:
                 what = f"width {shown(size[0])}, height {shown(size[1])}: taken as unknown"
-                parsed.note(f"image {image_id}", "image size not positive", what, dropped=False)
+                parsed.note(where, "image size not positive", what, dropped=False)
             size = [None, None]
         crowd = record.get("crowdIndex")
-        crowd = float(crowd) if is_number(crowd) else None
+        crowd = float(crowd) if is_number(crowd) and np.isfinite(crowd) else None
         parsed.images[image_id] = ImageRecord(image_id, name, files.join(folder, name), *size, crowd)
 
 
@@ -103,7 +107,7 @@ def _person_categories(categories: Any) -> set[Any] | None:
 
 
 def _name(record: dict[str, Any]) -> str:
-    return f"annotation {record['id']} (image {record['image_id']})"
+    return f"annotation {named(record['id'])} (image {named(record['image_id'])})"
 
 
 def _well_typed(
@@ -161,7 +165,7 @@ def _collect(
     sizes = np.array([_size(parsed.images[record["image_id"]]) for record in records]).reshape(-1, 2)
     given = np.array([record.get("area") for record in records], dtype=np.float64)
     areas = np.where([record.get("area") is None for record in records], boxes[:, 2] * boxes[:, 3], given)
-    clean = np.isfinite(points).all(axis=(1, 2))
+    clean = (np.abs(points) <= LARGEST).all(axis=(1, 2))  # NaN is not
     good_box = _check_boxes(records, boxes, areas, sizes, parsed)
     good_points = _check_keypoints(records, points, sizes, parsed)
     labelled = (points[:, :, 2] > 0).sum(axis=1)
@@ -170,7 +174,7 @@ def _collect(
     crowd = np.array([bool(record.get("iscrowd")) for record in records], dtype=bool)
     used = good_box & good_points & ~crowd & (labelled > 0 if definition.keypoints else True)
     _add_instances(records, np.flatnonzero(used), clip_boxes(boxes, sizes), points, areas, definition, parsed)
-    sound = np.flatnonzero(np.isfinite(boxes).all(axis=1) & np.isfinite(areas) & good_points)
+    sound = np.flatnonzero((np.abs(boxes) <= LARGEST).all(axis=1) & np.isfinite(areas) & good_points)
     rows = zip(sound.tolist(), areas[sound].tolist(), labelled[sound].tolist(), strict=True)
     truths = [_truth(records[index], area, count, clean[index], points[index]) for index, area, count in rows]
     parsed.coco = ground_truth(truths, parsed.images.values(), definition)
@@ -216,7 +220,7 @@ def _check_boxes(
 ) -> np.ndarray:
     """Reports suspicious boxes; (N,) bool, True where the box and its area can be used."""
     start, end = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    finite = np.isfinite(boxes).all(axis=1)
+    finite = (np.abs(boxes) <= LARGEST).all(axis=1)
     positive = finite & (boxes[:, 2:] > 0).all(axis=1)
     inside = positive & (end > 0).all(axis=1) & (start < sizes).all(axis=1)
     sized = inside & (clip_boxes(boxes, sizes)[:, 2:] > 0).all(axis=1)
@@ -241,16 +245,16 @@ def _check_keypoints(
 ) -> np.ndarray:
     """Reports suspicious keypoints; (N,) bool, True where they can be used.
 
-    Changes `points`: a labelled keypoint that is not finite becomes not labelled, and those not labelled lie at (0, 0).
+    Changes `points`: a labelled keypoint that lies nowhere becomes not labelled, and those not labelled lie at (0, 0).
     """
     flags = points[:, :, 2]
     good = np.isin(flags, (0, 1, 2)).all(axis=1)
     for index in np.flatnonzero(~good):
         wrong = flags[index][~np.isin(flags[index], (0, 1, 2))]
         parsed.note(_name(records[index]), "visibility not 0, 1 or 2", f"found {wrong[0]:g}", dropped=True)
-    broken = (flags > 0) & ~np.isfinite(points[:, :, :2]).all(axis=2)
+    broken = (flags > 0) & ~(np.abs(points[:, :, :2]) <= LARGEST).all(axis=2)
     for index in np.flatnonzero(good & broken.any(axis=1)):
-        what = f"{broken[index].sum()} labelled keypoints are not finite: taken as not labelled"
+        what = f"{broken[index].sum()} labelled keypoints are not finite or huge: taken as not labelled"
         parsed.note(_name(records[index]), "keypoint not finite", what, dropped=False)
     points[broken | ~(flags > 0)] = 0
     place = points[:, :, :2]
@@ -273,7 +277,7 @@ def _check_counts(records: list[dict[str, Any]], labelled: np.ndarray, good: np.
     for index, (record, fine) in enumerate(zip(records, good.tolist(), strict=True)):
         given = record.get("num_keypoints")
         if fine and given is not None and given != counts[index]:
-            what = f"num_keypoints {given}, but {counts[index]} are labelled: "
+            what = f"num_keypoints {shown(given)}, but {counts[index]} are labelled: "
             what += "not used, as in published evaluations" if given == 0 else "recounted"
             parsed.note(_name(record), "num_keypoints inconsistent", what, dropped=given == 0)
             counts[index] = 0 if given == 0 else counts[index]

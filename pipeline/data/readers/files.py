@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -27,6 +28,17 @@ def join(root: str, path: str) -> str:
     if is_url(path) or os.path.isabs(path):
         return path
     return f"{root.rstrip('/')}/{path}" if is_url(root) else os.path.join(root, path)
+
+
+def stays_below(name: str) -> bool:
+    """True for an image name that leads to a file below its folder: no URL, no absolute path, no `..`.
+
+    An annotation file comes from anybody; it does not choose what else of this machine or network is read.
+    """
+    return not (is_url(name) or os.path.isabs(name) or ".." in name.split("/") or _UNPRINTABLE.search(name))
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def is_file(path: str) -> bool:

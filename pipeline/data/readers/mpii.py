@@ -8,7 +8,7 @@ from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.instance import Instance
 from pipeline.data.readers import files
 from pipeline.data.readers.coco import TOLERANCE
-from pipeline.data.readers.records import ImageRecord, Parsed, is_number, number_rows, shown
+from pipeline.data.readers.records import LARGEST, ImageRecord, Parsed, is_number, number_rows, shown
 from pipeline.errors import DataError
 
 BODY = 200.0
@@ -62,6 +62,8 @@ def _fault(record: Any, keypoints: int) -> tuple[str, str] | None:
     """Kind and description of what makes a record unusable."""
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
         return "mistyped record", f"expected an object with image, found {shown(record)}"
+    if not files.stays_below(record["image"]):
+        return "image outside its folder", f"image {shown(record['image'])}: not looked at"
     joints, visible, centre, scale = (record.get(field) for field in ("joints", "joints_vis", "center", "scale"))
     if not isinstance(joints, list) or not isinstance(visible, list):
         return "mistyped record", f"joints and joints_vis: expected lists, found {shown(joints)} and {shown(visible)}"
@@ -75,7 +77,7 @@ def _fault(record: Any, keypoints: int) -> tuple[str, str] | None:
         return "visibility not 0 or 1", f"joints_vis: found {shown(wrong[0])}"
     if not isinstance(centre, list) or len(centre) != 2 or not all(is_number(value) for value in [*centre, scale]):
         return "mistyped record", f"center and scale: expected numbers, found {shown(centre)} and {shown(scale)}"
-    if centre[0] == -1 or not np.isfinite([*centre, scale]).all() or scale <= 0:
+    if centre[0] == -1 or not all(abs(value) <= LARGEST for value in [*centre, BODY * scale]) or scale <= 0:
         return "box without size", f"center {shown(centre)}, scale {shown(scale)}: the person has no place"
     return None
 
@@ -85,9 +87,9 @@ def _keypoints(record: dict[str, Any], where: str, parsed: Parsed) -> np.ndarray
     points = np.zeros((len(record["joints"]), 3))
     points[:, :2] = np.array(record["joints"], dtype=np.float64) - 1.0
     points[:, 2] = np.array(record["joints_vis"], dtype=np.float64) * 2
-    broken = (points[:, 2] > 0) & ~np.isfinite(points[:, :2]).all(axis=1)
+    broken = (points[:, 2] > 0) & ~(np.abs(points[:, :2]) <= LARGEST).all(axis=1)
     if broken.any():
-        what = f"{broken.sum()} labelled keypoints are not finite: taken as not labelled"
+        what = f"{broken.sum()} labelled keypoints are not finite or huge: taken as not labelled"
         parsed.note(where, "keypoint not finite", what, dropped=False)
     points[broken | (points[:, 2] == 0)] = 0
     outside = (points[:, :2] < -TOLERANCE).any(axis=1)

@@ -7,6 +7,9 @@ import numpy as np
 
 from pipeline.data.instance import Instance
 
+LARGEST = 1e6
+"""Pixels: no image has a side as long, and no coordinate in one is as large."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -59,6 +62,12 @@ def shown(value: Any) -> str:
     """A value as a message shows it: short."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def named(value: Any) -> str:
+    """An id or a name as a message shows it: on one line."""
+    text = str(value)
+    return text if len(text) <= 60 and text.isprintable() else shown(text)
 
 
 def is_number(value: Any) -> bool:

@@ -34,6 +34,7 @@ def test_the_original_aic_release_reads_as_its_converted_form(tmp_path: Path) ->
     assert perfect_score(annotations) == pytest.approx(1.0)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [

@@ -12,6 +12,7 @@ from pipeline.errors import DataError
 from tests.data.readers.helpers import POINTS, content, kinds, person, points_with, read_data, read_text
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
@@ -70,12 +71,14 @@ def test_an_annotation_that_is_no_object_is_named_by_its_position(tmp_path: Path
     assert annotations.problems[0].where.endswith("a.json: annotations[1]")
 
 
+@pytest.mark.fault(21)
 def test_the_second_of_two_equal_annotation_ids_is_dropped(tmp_path: Path) -> None:
     annotations = read_data(tmp_path, content(person(), person(area=1.0)))
     assert kinds(annotations) == [("duplicate annotation id", True)]
     assert [instance.area for instance in annotations.instances] == [900.0]
 
 
+@pytest.mark.fault(21)
 def test_bad_image_records_are_problems(tmp_path: Path) -> None:
     good = {"id": 7, "file_name": "seven.jpg", "width": 100, "height": 80}
     images = [good, good | {"file_name": "other.jpg"}, "eight.jpg", {"id": 9}, {"id": 10, "file_name": 10}]
@@ -93,6 +96,7 @@ def test_an_image_size_that_makes_no_sense_is_reported_and_taken_as_unknown(tmp_
     assert annotations.instances[0].bbox == (90, 10, 39, 49)
 
 
+@pytest.mark.fault(23)
 def test_suspicious_values_are_reported_and_used(tmp_path: Path) -> None:
     annotations = read_data(
         tmp_path,
@@ -118,6 +122,7 @@ def test_suspicious_values_are_reported_and_used(tmp_path: Path) -> None:
     assert np.isfinite(annotations.coco["annotations"][3]["keypoints"]).all()
 
 
+@pytest.mark.fault(22)
 def test_crowds_and_people_without_keypoints_are_no_problem_but_ground_truth_only(tmp_path: Path) -> None:
     crowd = person(id=1, iscrowd=1)
     unlabelled = person(id=2, keypoints=[0] * 51, num_keypoints=0)
@@ -143,6 +148,7 @@ def test_annotation_ids_that_pycocotools_can_not_use_are_renumbered_in_the_groun
     assert [item["id"] for item in annotations.coco["annotations"]] == [1, 2]
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -168,6 +174,7 @@ def test_a_file_of_another_form_is_a_data_error(tmp_path: Path, text: str | byte
     assert "a.json" in str(error.value)
 
 
+@pytest.mark.fault(22)
 def test_a_file_without_a_usable_person_still_reads(tmp_path: Path) -> None:
     annotations = read_data(tmp_path, content(person(keypoints=[])))
     assert not annotations.instances

@@ -14,6 +14,7 @@ def mpii(**changes: Any) -> dict[str, Any]:
     return {"joints": joints, "joints_vis": [1] * 16, "image": "a.jpg", "center": [100, 90], "scale": 0.5} | changes
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
@@ -40,6 +41,7 @@ def test_a_bad_mpii_record_is_a_dropped_problem(tmp_path: Path, changes: dict[st
     assert annotations.coco is None
 
 
+@pytest.mark.fault(23)
 def test_mpii_joints_that_are_odd_are_reported(tmp_path: Path) -> None:
     joints = mpii()["joints"]
     annotations = read_data(
