@@ -6,8 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from pipeline.config import PipelineConfig, SlurmJob
+from pipeline.config import PipelineConfig
 from pipeline.errors import EXIT_STOPPED, ConfigError
+from pipeline.slurm_config import SlurmJob
 
 _SCRIPT = """\
 #!/bin/bash

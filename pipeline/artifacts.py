@@ -26,9 +26,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import Strict
 from pipeline.errors import ArtifactError
 from pipeline.files import digest_of, publish_folder, read_json, sha256, write_json
+from pipeline.strict import Strict
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.artifacts import MANIFEST, Artifact, read_artifact
-from pipeline.config import PipelineConfig, StageConfig, fingerprint_view
+from pipeline.config import PipelineConfig, StageConfig
 from pipeline.data.definitions import DatasetSource, load_definition, resolve
 from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.files import digest_of, read_json, sha256, write_json
+from pipeline.strict import fingerprint_view
 
 State = Literal["done", "resume", "start", "waiting"]
 

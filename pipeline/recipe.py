@@ -6,12 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import NotInFingerprint, PipelineConfig, StageConfig, Strict
+from pipeline.config import PipelineConfig, StageConfig
 from pipeline.config_file import did_you_mean
 from pipeline.data.augmentation import PoseAugmentation
 from pipeline.data.definitions import DatasetSource, load_definition
 from pipeline.errors import ConfigError
 from pipeline.models.config import PoseConfig
+from pipeline.strict import NotInFingerprint, Strict
 
 
 class Optimizer(Strict):

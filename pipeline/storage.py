@@ -19,10 +19,10 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from pipeline.artifacts import FileRecord
-from pipeline.config import Strict
 from pipeline.errors import StorageError
 from pipeline.files import sha256, staging
 from pipeline.remote import open_filesystem, reason, retried
+from pipeline.strict import Strict
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
 from pipeline.context import Context
 from pipeline.recipe import PoseTrainingConfig
+from pipeline.strict import Strict
 
 
 class Inputs(Strict):

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import NotInFingerprint, StageConfig, Strict
+from pipeline.config import StageConfig
 from pipeline.context import Context
 from pipeline.data.definitions import DatasetSource
 from pipeline.files import write_json
+from pipeline.strict import NotInFingerprint, Strict
 
 Boxes = Literal["ground_truth", "detector"]
 

@@ -8,10 +8,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import PipelineConfig, Strict
+from pipeline.config import PipelineConfig
 from pipeline.context import Context
 from pipeline.errors import ConfigError
 from pipeline.recipe import PoseTrainingConfig
+from pipeline.strict import Strict
 
 
 class Inputs(Strict):

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import StageConfig, Strict
+from pipeline.config import StageConfig
 from pipeline.context import Context
 from pipeline.models.config import MAEConfig
+from pipeline.strict import Strict
 
 MAX_BYTES = 1 << 36
 """Of a checkpoint file."""

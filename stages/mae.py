@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import NotInFingerprint, Strict
 from pipeline.context import Context
 from pipeline.models.config import MAEConfig
 from pipeline.recipe import TrainingConfig
+from pipeline.strict import NotInFingerprint, Strict
 
 
 class Inputs(Strict):

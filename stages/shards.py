@@ -10,11 +10,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config import NotInFingerprint, StageConfig, Strict
+from pipeline.config import StageConfig
 from pipeline.context import Context
 from pipeline.data.augmentation import PoseAugmentation
 from pipeline.data.crops import CropConfig
 from pipeline.data.definitions import DatasetSource
+from pipeline.strict import NotInFingerprint, Strict
 
 
 class Inputs(Strict):

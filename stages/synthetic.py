@@ -10,10 +10,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pipeline.config import StageConfig, Strict
+from pipeline.config import StageConfig
 from pipeline.context import Context
 from pipeline.data.synthetic import SyntheticConfig, generate
 from pipeline.progress import progress
+from pipeline.strict import Strict
 
 
 class Inputs(Strict):

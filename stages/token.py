@@ -10,10 +10,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from pipeline.config import Strict
 from pipeline.context import Context
 from pipeline.data.augmentation import PoseAugmentation
 from pipeline.recipe import TrainingConfig
+from pipeline.strict import Strict
 
 
 class Inputs(Strict):

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import PipelineConfig, fingerprint_view
+from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline, read_yaml, shipped_presets
 from pipeline.errors import ConfigError
+from pipeline.strict import fingerprint_view
 from stages import KINDS
 
 MAE: dict[str, Any] = {

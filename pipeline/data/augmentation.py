@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Strict
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.geometry import Box, Window, apply_affine, fix_aspect, udp_matrix, warp
+from pipeline.strict import Strict
 
 
 class PoseAugmentation(Strict):

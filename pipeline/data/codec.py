@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Strict
+from pipeline.strict import Strict
 
 _LOWEST, _HIGHEST = 1e-3, 50.0
 _EPSILON = torch.finfo(torch.float32).eps

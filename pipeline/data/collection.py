@@ -9,13 +9,13 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.artifacts import Artifact
-from pipeline.config import Strict
 from pipeline.data.cache import SampleCache
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.shard_index import index_path
 from pipeline.data.shards import ShardSet
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.files import read_json
+from pipeline.strict import Strict
 
 DESCRIPTION = "shards.json"
 

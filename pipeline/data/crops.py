@@ -15,13 +15,13 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from pipeline.config import Strict
 from pipeline.data.augmentation import PoseAugmentation, draw_matrix
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.geometry import Box, Window, apply_affine, instance_window, invert_affine
 from pipeline.data.instance import Instance
 from pipeline.data.shard_index import SampleMeta
 from pipeline.errors import DataError
+from pipeline.strict import Strict
 
 
 class CropConfig(Strict):

@@ -9,10 +9,10 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.config import Strict
 from pipeline.config_file import did_you_mean, explain, read_yaml
 from pipeline.data.readers import files
 from pipeline.errors import ConfigError
+from pipeline.strict import Strict
 
 
 class Licence(Strict):

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.config import Strict
+from pipeline.strict import Strict
 
 
 def _shape(width: int, depth: int, heads: int, mlp_width: int | None = None) -> Mapping[str, int]:

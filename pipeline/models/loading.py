@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.artifacts import Artifact, read_artifact
-from pipeline.config import Strict
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.errors import ArtifactError
@@ -19,6 +18,7 @@ from pipeline.files import read_json, write_json
 from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.mae import MAE
 from pipeline.models.pose import PoseModel
+from pipeline.strict import Strict
 
 WEIGHTS = "model.safetensors"
 SPEC = "model.json"

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Strict
 from pipeline.data.definitions import DatasetSource, load_definition, resolve, shipped_definitions
 from pipeline.errors import ConfigError, DataError
+from pipeline.strict import Strict
 
 SHIPPED = ["aic", "coco", "crowdpose", "mpii", "ochuman", "people"]
 

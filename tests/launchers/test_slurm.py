@@ -16,11 +16,12 @@ from pydantic import ValidationError
 from launchers import cli, slurm
 from launchers.slurm_script import folder_of, render, take_ranks
 from pipeline import graph
-from pipeline.config import PipelineConfig, SlurmConfig
+from pipeline.config import PipelineConfig
 from pipeline.config_file import load_pipeline
 from pipeline.distributed import cores, cores_of_rank
 from pipeline.errors import ConfigError, DataError, VitruvianError
 from pipeline.files import write_json
+from pipeline.slurm_config import SlurmConfig
 from stages import KINDS
 from tests.slurm.cluster import wait_until
 

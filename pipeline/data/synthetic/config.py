@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Strict
+from pipeline.strict import Strict
 
 
 class SyntheticConfig(Strict):
