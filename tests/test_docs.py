@@ -211,3 +211,26 @@ def expanded(text: str) -> list[str]:
 
 def optional_places(name: str) -> list[str]:
     return [path for split in load_definition(name).splits.values() for path in (*split.detections, *split.truth)]
+
+
+def marked_tests() -> dict[int, set[str]]:
+    """Names of the tests that carry the marker of a fault, by its number."""
+    found: dict[int, set[str]] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        everywhere = [node for node in tree.body if isinstance(node, ast.Assign) and "pytestmark" in ast.dump(node)]
+        for test in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+            for node in (part for place in (*everywhere, *test.decorator_list) for part in ast.walk(place)):
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "fault":
+                    assert isinstance(node.args[0], ast.Constant)
+                    found.setdefault(int(node.args[0].value), set()).add(test.name)
+    return found
+
+
+def test_every_fault_of_the_table_has_the_tests_that_it_names() -> None:
+    marked = marked_tests()
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", (ROOT / "docs" / "faults.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 32))
+    for number, tests in rows:
+        named = set(CODE_SPAN.findall(tests))
+        assert named and named <= marked.get(int(number), set()), (number, named - marked.get(int(number), set()))
