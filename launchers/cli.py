@@ -21,7 +21,7 @@ from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
 from pipeline.files import read_json
 from pipeline.graph import StagePlan
 from pipeline.status import read_status
-from pipeline.tracking import is_synced
+from pipeline.tracking import is_synced, sync_all
 from stages import KINDS
 
 logger = logging.getLogger("vitruvian")
@@ -87,6 +87,21 @@ def status(pipeline: PipelineArgument, overrides: Overrides = None, as_json: AsJ
         return
     columns = ["stage", "kind", "state", "step", "run directory"]
     table(f"{config.name} in {config.workspace}", columns, [[row[column] for column in columns] for row in rows])
+
+
+@app.command()
+def sync(pipeline: PipelineArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Send MLflow what it lacks of every stage's metrics and artifacts, finished or not."""
+    config = load_pipeline(pipeline, overrides or [], KINDS)
+    rows = list(sync_all(config))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        columns = ["stage", "lines", "state", "run directory"]
+        shown = [[str(row[column]) for column in columns] for row in rows]
+        table(f"{config.name} in {config.workspace}", columns, shown)
+    if any(row["failed"] for row in rows):
+        raise VitruvianError("not everything could be sent; nothing is lost, and the same command sends the rest")
 
 
 @app.command()

@@ -19,14 +19,14 @@ if __package__ in (None, ""):
 
 from launchers.console import setup_logging
 from pipeline import graph
-from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.context import Context
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ArtifactError, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan
 from pipeline.status import Status, held
-from pipeline.tracking import Tracker, download, sync, tracking_uri
+from pipeline.tracking import Tracker, sync, tracking_uri
+from pipeline.tracking_download import download
 from stages import KINDS, module_of
 
 logger = logging.getLogger("vitruvian")
@@ -208,14 +208,12 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
         return False
     try:
         found = download(uri, stage.run_dir, fingerprint=stage.fingerprint)
+    except ArtifactError:
+        raise
     except Exception as error:  # MLflow may raise anything; the user learns why it did not help
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("MLflow at %s has no help: %s", uri, reason[:160])
         return False
-    if found and read_artifact(stage.run_dir / "artifact").manifest.fingerprint != stage.fingerprint:
-        raise ArtifactError(
-            f"MLflow at {uri} gave another artifact for {stage.name!r} than the one that it is tagged as"
-        )
     if found:
         logger.info("%s: fetched from MLflow at %s", stage.name, uri)
     return found

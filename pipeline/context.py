@@ -100,7 +100,7 @@ class Context:
                 parents={label: _parent(source) for label, source in self.plan.inputs.items()},
                 metrics=metrics,
                 licences=licences,
-                mlflow_run=self.tracker.run_id,
+                mlflow_run=self.tracker.await_run_id(),
             )
         barrier()
 
