@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 2.0, 60.0
 _FINISH_SECONDS, _STOP_SECONDS = 60.0, 5.0
 _UPLOAD_BYTES_PER_SECOND = 5e6
-_LAST_ATTEMPTS = 3
+_LAST_ATTEMPTS, _LAST_PAUSE_SECONDS = 3, 1.0
 _REST_PER_WORK = 4.0
 
 
@@ -98,7 +98,7 @@ class Mirror:
                     self._run = None
                     if not attempts_left:
                         raise
-                    time.sleep(1.0)
+                    time.sleep(_LAST_PAUSE_SECONDS)
         return self._lines_sent
 
     def _mirror(self) -> None:
@@ -110,7 +110,7 @@ class Mirror:
             for attempts_left in reversed(range(_LAST_ATTEMPTS)):
                 if self._try(self._send_and_close) or not attempts_left:
                     return
-                time.sleep(1.0)
+                time.sleep(_LAST_PAUSE_SECONDS)
 
     def _try(self, action: Callable[[], None]) -> bool:
         """True where it went well. Whatever MLflow raises, training goes on."""
