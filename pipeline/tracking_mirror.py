@@ -79,7 +79,9 @@ class Mirror:
         if status == "FINISHED" and not self.is_complete(self._run_dir):
             reason = self._complaint or f"not done after {bound:.0f} s"
             logger.warning(
-                "MLflow at %s did not take everything (%s); the same command sends the rest later", self._shown, reason
+                "MLflow at %s did not take everything (%s); the same command, or vitruvian sync, sends the rest",
+                self._shown,
+                reason,
             )
 
     def push(self, status: str | None, artifact: Path | None) -> int:
