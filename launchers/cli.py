@@ -24,7 +24,7 @@ from pipeline.graph import StagePlan
 from pipeline.heartbeat import LAUNCHER_VARIABLE
 from pipeline.run_storage import RunStorage
 from pipeline.status import read_status
-from pipeline.tracking import is_synced
+from pipeline.tracking.tracker import is_synced, sync_all
 from stages import KINDS
 
 logger = logging.getLogger("vitruvian")
@@ -120,6 +120,21 @@ def cancel(
         raise ConfigError(f"--stage: no stage {stage!r}{did_you_mean(stage, list(config.stages))}")
     cancelled = slurm.cancel(config, stage)
     typer.echo(f"cancelled: {', '.join(cancelled)}" if cancelled else "no job waits or runs")
+
+
+@app.command()
+def sync(pipeline: PipelineArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Send MLflow what it lacks of every stage's metrics and artifacts, finished or not."""
+    config = load_pipeline(pipeline, overrides or [], KINDS)
+    rows = list(sync_all(config))
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        columns = ["stage", "lines", "state", "run directory"]
+        shown = [[str(row[column]) for column in columns] for row in rows]
+        table(f"{config.name} in {config.workspace}", columns, shown)
+    if any(row["failed"] for row in rows):
+        raise VitruvianError("not everything could be sent; nothing is lost, and the same command sends the rest")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from pipeline.files import require_writable
 from pipeline.graph import StagePlan
 from pipeline.run_storage import RunStorage
 from pipeline.status import Status, held, held_part
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 from stages import module_of
 
 if TYPE_CHECKING:

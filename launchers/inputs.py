@@ -9,11 +9,11 @@ import time
 
 from launchers.storage import fetch_stored
 from pipeline import graph
-from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig
 from pipeline.errors import EXIT_FAILURE, ArtifactError, VitruvianError
 from pipeline.graph import StagePlan
-from pipeline.tracking import download, tracking_uri
+from pipeline.tracking.download import download
+from pipeline.tracking.tracker import tracking_uri
 
 logger = logging.getLogger("vitruvian")
 
@@ -73,14 +73,12 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
         return False
     try:
         found = download(uri, stage.run_dir, fingerprint=stage.fingerprint)
+    except ArtifactError:
+        raise
     except Exception as error:  # MLflow may raise anything; the user learns why it did not help
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning("MLflow at %s has no help: %s", uri, reason[:160])
         return False
-    if found and read_artifact(stage.run_dir / "artifact").manifest.fingerprint != stage.fingerprint:
-        raise ArtifactError(
-            f"MLflow at {uri} gave another artifact for {stage.name!r} than the one that it is tagged as"
-        )
     if found:
         logger.info("%s: fetched from MLflow at %s", stage.name, uri)
     return found

@@ -12,7 +12,7 @@ from pipeline.errors import ArtifactError, ConfigError, DataError
 from pipeline.evaluation.pictures import draw_skeleton, save_jpg
 from pipeline.files import read_json, require_writable, write_json
 from pipeline.predictor import Predictor
-from pipeline.tracking import download
+from pipeline.tracking.download import download
 
 
 def predict_files(

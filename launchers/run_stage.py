@@ -22,7 +22,7 @@ from pipeline.config_file import did_you_mean, load_pipeline
 from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ConfigError, Stopped, VitruvianError
 from pipeline.graph import StagePlan
 from pipeline.run_storage import RunStorage
-from pipeline.tracking import sync
+from pipeline.tracking.tracker import sync
 from stages import KINDS
 
 logger = logging.getLogger("vitruvian")

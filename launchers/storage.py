@@ -8,7 +8,8 @@ from pipeline.errors import ArtifactError, StorageError
 from pipeline.graph import StagePlan, step_of
 from pipeline.run_storage import RunStorage
 from pipeline.storage import DamagedError
-from pipeline.tracking import published_digest, tracking_uri
+from pipeline.tracking.download import published_digest
+from pipeline.tracking.tracker import tracking_uri
 
 logger = logging.getLogger("vitruvian")
 

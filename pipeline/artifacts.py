@@ -177,7 +177,7 @@ def environment() -> dict[str, str]:
     found = {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "argv": _without_passwords(" ".join(sys.argv)),
+        "argv": without_passwords(" ".join(sys.argv)),
     }
     packages = ("torch", "deepspeed", "timm", "numpy", "opencv-python-headless", "pycocotools", "mlflow", "vitruvian")
     for package in packages:
@@ -189,7 +189,8 @@ def environment() -> dict[str, str]:
     return found | ({"git": commit} if commit else {})
 
 
-def _without_passwords(text: str) -> str:
+def without_passwords(text: str) -> str:
+    """Text with the credentials of its URLs left out, for logs and records."""
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 

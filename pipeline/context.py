@@ -14,7 +14,7 @@ from pipeline.files import write_json, write_text
 from pipeline.graph import Input, StagePlan
 from pipeline.run_storage import RunStorage
 from pipeline.status import Status
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from pipeline.distributed import World
@@ -126,7 +126,7 @@ class Context:
                 parents={label: _parent(source) for label, source in self.plan.inputs.items()},
                 metrics=metrics,
                 licences=licences,
-                mlflow_run=self.tracker.run_id,
+                mlflow_run=self.tracker.await_run_id(),
             )
         barrier()
 

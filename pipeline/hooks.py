@@ -22,7 +22,7 @@ from pipeline.heartbeat import Heartbeat
 from pipeline.recipe import Skipping
 from pipeline.status import Status
 from pipeline.stopping import StopRequest
-from pipeline.tracking import Tracker, system_metrics
+from pipeline.tracking.tracker import Tracker, system_metrics
 from pipeline.trainer import Hook, StepResult, Trainer
 
 logger = logging.getLogger(__name__)

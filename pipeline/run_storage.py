@@ -24,7 +24,7 @@ from pipeline.errors import CheckpointError, StorageError
 from pipeline.files import publish_folder, read_json, write_json
 from pipeline.graph import StagePlan, resume_points, step_of
 from pipeline.storage import DamagedError, Store
-from pipeline.tracking import tracking_uri
+from pipeline.tracking.tracker import tracking_uri
 
 logger = logging.getLogger(__name__)
 

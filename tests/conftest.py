@@ -2,10 +2,12 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.mlflow_server import Server
 
 _OUTCOMES: dict[int, Counter[str]] = defaultdict(Counter)
 
@@ -38,3 +40,12 @@ def samples() -> Path:
     if not folder:
         pytest.skip("VITRUVIAN_SAMPLES is not set: no real samples")
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real MLflow server. Starting one takes long, so all tests share it under experiments of their own."""
+    server = Server(tmp_path_factory.mktemp("mlflow"))
+    server.start()
+    yield server
+    server.kill()

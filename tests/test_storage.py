@@ -540,7 +540,8 @@ def test_two_answers_for_one_fingerprint_are_an_error(machine: Any, monkeypatch:
 
 
 def test_the_digest_that_mlflow_has_is_found(machine: Any, tmp_path: Path) -> None:
-    from pipeline.tracking import published_digest, sync
+    from pipeline.tracking.download import published_digest
+    from pipeline.tracking.tracker import sync
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     pipeline, stage = machine("a", f"tracking.uri={uri}")

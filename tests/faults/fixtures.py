@@ -26,7 +26,7 @@ from pipeline.models.config import PoseConfig
 from pipeline.models.loading import PoseSpec, TokenSpec, save_model
 from pipeline.models.pose import PoseModel
 from pipeline.status import Status
-from pipeline.tracking import Tracker
+from pipeline.tracking.tracker import Tracker
 from stages import KINDS
 
 BACKBONE = {"size": "micro", "image_size": [64, 48], "patch_size": 8, "patch_padding": 0}

@@ -22,7 +22,7 @@ from pipeline.errors import ArtifactError, CheckpointError, DataError
 from pipeline.files import read_json, sha256, write_json
 from pipeline.models.loading import read_spec
 from pipeline.status import Status, read_status
-from pipeline.tracking import MetricsFile
+from pipeline.tracking.tracker import MetricsFile
 from tests.data.test_shards import samples
 from tests.faults.fixtures import change_json, publish_pose, publish_shards, republish
 

@@ -1,15 +1,8 @@
 """Tracking: the local file is the truth; MLflow gets every line once, also late."""
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +12,12 @@ from pipeline.artifacts import Artifact, publish, read_artifact
 from pipeline.config import PipelineConfig
 from pipeline.config_file import load_pipeline
 from pipeline.files import read_json
-from pipeline.tracking import MetricsFile, Mirror, Tracker, download, is_synced, sync, tracking_uri
+from pipeline.tracking.download import download
+from pipeline.tracking.metrics_file import MetricsFile
+from pipeline.tracking.mirror import Mirror
+from pipeline.tracking.tracker import Tracker, is_synced, sync, tracking_uri
 from stages import KINDS
+from tests.mlflow_server import Proxy, Server
 
 PARAMETERS = {"seed": 0, "optimizer.lr": 0.001}
 DATASETS = [{"name": "shards: shards", "digest": "d" * 64, "source": "/somewhere/artifact"}]
@@ -41,10 +38,10 @@ def new_run(folder: Path) -> Path:
     return run_dir
 
 
-def publish_in(run_dir: Path) -> Artifact:
+def publish_in(run_dir: Path, fingerprint: str = "f" * 64, weights: bytes = b"weights") -> Artifact:
     staged = run_dir / ".artifact"
     (staged / "pictures").mkdir(parents=True)
-    (staged / "model.safetensors").write_bytes(b"weights" * 1000)
+    (staged / "model.safetensors").write_bytes(weights * 1000)
     (staged / "pictures" / "a.jpg").write_bytes(b"picture")
     return publish(
         staged,
@@ -52,7 +49,7 @@ def publish_in(run_dir: Path) -> Artifact:
         pipeline="trial",
         stage="mae",
         kind="mae",
-        fingerprint="f" * 64,
+        fingerprint=fingerprint,
         config={},
         parents={},
         metrics={},
@@ -70,14 +67,10 @@ def history(client: Any, run_id: str, key: str) -> list[tuple[int, float, int]]:
     return sorted((point.step, point.value, point.timestamp) for point in points)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sqlite store; making one takes seconds, so all tests share it under experiments of their own."""
-    from mlflow.tracking import MlflowClient
-
-    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-    MlflowClient(uri).search_experiments()
-    return uri
+@pytest.fixture
+def store(mlflow_server: Server) -> str:
+    """A sqlite store, the server's; making one takes seconds, so all tests share it under experiments of their own."""
+    return mlflow_server.store
 
 
 @pytest.fixture
@@ -232,53 +225,17 @@ def test_another_server_gets_a_run_of_its_own_with_every_line(tmp_path: Path, st
     assert [point[0] for point in history(client, first.run_id, "loss")] == [1]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def server(tmp_path: Path, store: str) -> Iterator[Any]:
-    """Starts a real MLflow server when it is called with a port."""
-    shutil.copy(store.removeprefix("sqlite:///"), tmp_path / "server.db")
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(port: int) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-        command += ["--artifacts-destination", str(tmp_path / "served")]
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        with (tmp_path / "server.log").open("wb") as log:
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail((tmp_path / "server.log").read_text()[-2000:])
-
-    yield start
-    for process in started:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(15)
-
-
 def test_a_server_that_was_down_gets_everything_later_and_serves_the_artifact(
-    tmp_path: Path, server: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, mlflow_server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Faults 16: down at the start."""
     from mlflow.tracking import MlflowClient
 
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    pipeline, run_dir = config(tmp_path, uri), new_run(tmp_path)
-    alone = tracker(pipeline, run_dir)
+    server = Proxy(mlflow_server)
+    uri = server.uri
+    pipeline, run_dir = config(tmp_path, uri, "down"), new_run(tmp_path)
+    given = tags("a" * 64)
+    alone = tracker(pipeline, run_dir, tags=given)
     alone.start(0)
     slowest = 0.0
     for step in range(1, 41):
@@ -286,16 +243,16 @@ def test_a_server_that_was_down_gets_everything_later_and_serves_the_artifact(
         alone.log("train", step, {"loss": 1 / step})
         slowest = max(slowest, time.monotonic() - before)
     assert slowest < 1.0, "logging waited for the server"
-    artifact = publish_in(run_dir)
+    artifact = publish_in(run_dir, "a" * 64)
     before = time.monotonic()
     alone.finish("FINISHED", artifact.path)
-    assert time.monotonic() - before < 45
+    assert time.monotonic() - before < 15
     assert not is_synced(pipeline, run_dir) and alone.run_id is None
     assert "did not take everything" in caplog.text
     assert len(MetricsFile(run_dir / "metrics.jsonl").read()) == 40
 
-    server(port)
-    sync(pipeline, run_dir, "mae", tags(), PARAMETERS, DATASETS)
+    server.start()
+    sync(pipeline, run_dir, "mae", given, PARAMETERS, DATASETS)
     assert is_synced(pipeline, run_dir)
     client = MlflowClient(uri)
     run = client.get_run(read_json(run_dir / "mlflow.json")["run_id"])
@@ -304,10 +261,10 @@ def test_a_server_that_was_down_gets_everything_later_and_serves_the_artifact(
     assert history(client, run.info.run_id, "loss") == expected
     assert run.data.params == {"seed": "0", "optimizer.lr": "0.001"} and len(run.inputs.dataset_inputs) == 1
     assert run.info.status == "FINISHED"
-    sync(pipeline, run_dir, "mae", tags(), PARAMETERS, DATASETS)
+    sync(pipeline, run_dir, "mae", given, PARAMETERS, DATASETS)
     assert len(history(client, run.info.run_id, "loss")) == 40
 
-    assert download(uri, tmp_path / "fetched", fingerprint="f" * 64)
+    assert download(uri, tmp_path / "fetched", fingerprint="a" * 64)
     fetched = read_artifact(tmp_path / "fetched" / "artifact")
     fetched.verify()
     assert fetched.digest == artifact.digest
