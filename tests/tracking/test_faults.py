@@ -20,7 +20,7 @@ from pipeline.tracking.download import download
 from pipeline.tracking.metrics_file import MetricsFile, MetricsReader
 from pipeline.tracking.tracker import Tracker, is_synced, sync
 from tests.mlflow_server import Proxy, Server
-from tests.test_tracking import DATASETS, PARAMETERS, config, new_run, publish_in, tags, tracker
+from tests.tracking.test_tracker import DATASETS, PARAMETERS, config, new_run, publish_in, tags, tracker
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,7 @@ def only_run(client: Any, name: str) -> Any:
     return run
 
 
+@pytest.mark.fault(16)
 def test_a_server_that_dies_in_the_middle_delays_metrics_and_nothing_else(
     tmp_path: Path, proxy: Proxy, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_server_that_dies_in_the_middle_delays_metrics_and_nothing_else(
     assert_each_line_once(client, stage.run_id, run_dir)
 
 
+@pytest.mark.fault(16)
 def test_answers_that_are_lost_double_no_run_and_no_metric(tmp_path: Path, proxy: Proxy, client: Any) -> None:
     """Fault 16: each kind of request is done by the server the first time, but the answer does not arrive."""
     lost: set[str] = set()
@@ -139,6 +141,7 @@ def test_answers_that_are_lost_double_no_run_and_no_metric(tmp_path: Path, proxy
     assert_each_line_once(client, stage.run_id, run_dir)
 
 
+@pytest.mark.fault(16)
 def test_lines_that_are_written_again_after_a_lost_answer_and_a_kill_arrive_once(
     tmp_path: Path, proxy: Proxy, client: Any
 ) -> None:
@@ -178,6 +181,7 @@ def test_lines_that_are_written_again_after_a_lost_answer_and_a_kill_arrive_once
     assert points == {step: step * (1 if step <= doubtful else 10) for step in range(1, 13)}
 
 
+@pytest.mark.fault(16)
 def test_a_server_that_answers_500_is_tried_again(tmp_path: Path, proxy: Proxy, client: Any) -> None:
     """Fault 16."""
     count = iter(range(1000))
@@ -194,6 +198,7 @@ def test_a_server_that_answers_500_is_tried_again(tmp_path: Path, proxy: Proxy, 
     assert only_run(client, "fails").info.status == "KILLED"
 
 
+@pytest.mark.fault(16)
 def test_a_server_that_hangs_holds_up_the_end_for_a_bounded_time(
     tmp_path: Path, proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -215,6 +220,7 @@ def test_a_server_that_hangs_holds_up_the_end_for_a_bounded_time(
     assert "did not take everything (not done after 1 s)" in caplog.text
 
 
+@pytest.mark.fault(16)
 def test_a_request_to_a_slow_server_is_waited_for_and_done_once(tmp_path: Path, proxy: Proxy, client: Any) -> None:
     """Fault 16: slow."""
     proxy.fault = lambda path: 0.6 if path.endswith(("runs/create", "log-batch")) else None
@@ -228,6 +234,7 @@ def test_a_request_to_a_slow_server_is_waited_for_and_done_once(tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.fault(16)
 def test_answers_after_30_seconds_are_waited_for(tmp_path: Path, proxy: Proxy, client: Any) -> None:
     """Fault 16: slow 30 s. The stage leaves in time, and the next run of the command sends the rest."""
     proxy.fault = lambda path: 30.0 if path.endswith(("runs/create", "log-batch")) else None
@@ -245,6 +252,7 @@ def test_answers_after_30_seconds_are_waited_for(tmp_path: Path, proxy: Proxy, c
 
 
 @pytest.mark.slow
+@pytest.mark.fault(16)
 def test_a_server_process_that_is_killed_and_started_again_has_everything_once(tmp_path: Path) -> None:
     """Fault 16: SIGKILL of a real server in the middle of requests."""
     from mlflow.tracking import MlflowClient
@@ -296,6 +304,7 @@ def delete(client: Any, store: str, run_id: str) -> None:
 
 
 @pytest.mark.parametrize(("how", "said"), [(delete, "was deleted"), (purge, "does not exist any more")])
+@pytest.mark.fault(17)
 def test_a_run_that_was_deleted_is_replaced_by_one_with_every_line(
     tmp_path: Path,
     mlflow_server: Server,
@@ -322,6 +331,7 @@ def test_a_run_that_was_deleted_is_replaced_by_one_with_every_line(
     assert run.data.params == {"seed": "0", "optimizer.lr": "0.001"}
 
 
+@pytest.mark.fault(17)
 def test_a_run_id_that_is_another_stages_is_not_written_to(
     tmp_path: Path, mlflow_server: Server, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -344,6 +354,7 @@ def test_a_run_id_that_is_another_stages_is_not_written_to(
     assert client.get_run(other.run_id).info.status == "KILLED"
 
 
+@pytest.mark.fault(17)
 def test_a_parameter_that_is_another_than_before_stops_no_metric(
     tmp_path: Path, mlflow_server: Server, client: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -363,6 +374,7 @@ def test_a_parameter_that_is_another_than_before_stops_no_metric(
     assert "keeps its first value of optimizer.lr, such as optimizer.lr = 0.001 where this is 0.5" in caplog.text
 
 
+@pytest.mark.fault(16)
 def test_a_server_set_back_to_a_backup_gets_the_missing_lines_again(
     tmp_path: Path, mlflow_server: Server, client: Any
 ) -> None:
@@ -382,6 +394,7 @@ def test_a_server_set_back_to_a_backup_gets_the_missing_lines_again(
     assert_each_line_once(client, resumed.run_id, run_dir)
 
 
+@pytest.mark.fault(16)
 def test_a_torn_state_file_stops_nothing(tmp_path: Path, mlflow_server: Server, client: Any) -> None:
     pipeline, run_dir = config(tmp_path, mlflow_server.store, "torn"), new_run(tmp_path)
     (run_dir / "mlflow.json").write_text('{"run_id": "abc')
@@ -414,6 +427,7 @@ def finished(pipeline: PipelineConfig, run_dir: Path, fingerprint: str, weights:
     return str(read_json(run_dir / "mlflow.json")["run_id"])
 
 
+@pytest.mark.fault(16)
 def test_an_artifact_that_is_not_what_its_run_says_is_refused_and_leaves_nothing(
     tmp_path: Path, mlflow_server: Server, client: Any
 ) -> None:
@@ -434,6 +448,7 @@ def test_an_artifact_that_is_not_what_its_run_says_is_refused_and_leaves_nothing
     assert not list(to.iterdir())
 
 
+@pytest.mark.fault(16)
 def test_finished_runs_with_different_artifacts_are_two_answers(
     tmp_path: Path, mlflow_server: Server, client: Any
 ) -> None:
@@ -450,6 +465,7 @@ def test_finished_runs_with_different_artifacts_are_two_answers(
     assert download(mlflow_server.uri, tmp_path / "fetched", fingerprint=fingerprint)
 
 
+@pytest.mark.fault(16)
 def test_a_second_mirror_of_a_run_directory_waits_for_the_first(
     tmp_path: Path, mlflow_server: Server, client: Any
 ) -> None:
@@ -468,6 +484,7 @@ def test_a_second_mirror_of_a_run_directory_waits_for_the_first(
     assert_each_line_once(client, second.run_id, run_dir)
 
 
+@pytest.mark.fault(16)
 def test_a_stage_that_ends_at_once_still_knows_its_run(tmp_path: Path, mlflow_server: Server) -> None:
     run_dir = new_run(tmp_path)
     stage = tracker(config(tmp_path, mlflow_server.store, "short"), run_dir)
@@ -481,6 +498,7 @@ def test_a_stage_that_ends_at_once_still_knows_its_run(tmp_path: Path, mlflow_se
     stage.finish("KILLED")
 
 
+@pytest.mark.fault(16)
 def test_nobody_waits_for_the_run_of_a_server_that_is_down(tmp_path: Path, mlflow_server: Server) -> None:
     stage = tracker(config(tmp_path, Proxy(mlflow_server).uri, "nobody"), new_run(tmp_path))
     assert stage.await_run_id() is None

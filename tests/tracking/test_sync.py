@@ -17,7 +17,7 @@ from pipeline.tracking.metrics_file import MetricsFile
 from pipeline.tracking.mounts import network_file_system
 from pipeline.tracking.tracker import is_synced, sync, sync_all
 from tests.mlflow_server import Proxy, Server
-from tests.test_tracking import DATASETS, PARAMETERS, config, history, publish_in, tags, tracker
+from tests.tracking.test_tracker import DATASETS, PARAMETERS, config, history, publish_in, tags, tracker
 
 
 def mounted(*pairs: tuple[str, str]) -> list[Any]:
