@@ -18,7 +18,7 @@ from tests.slurm.conftest import Start
 
 FOUR_RANKS = ("slurm.nodes=2", "slurm.processes_per_node=2", "runtime.threads=1")
 STAGES = ("data", "shards", "mae", "finetune", "token", "student_alone", "distill", "evaluate")
-LONG = 1800  # seconds, for a chain on a busy machine
+LONG = 3600  # seconds, for a chain on a busy machine
 
 
 @pytest.fixture(scope="session")
