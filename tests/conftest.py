@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chain.running import TINY, succeeded, vitruvian
 from tests.mlflow_server import Server
 
 _OUTCOMES: dict[int, Counter[str]] = defaultdict(Counter)
@@ -49,3 +50,12 @@ def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.start()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of a tiny chain that ran to its end, by the command a user types. Read only."""
+    workspace = tmp_path_factory.mktemp("finished")
+    done = succeeded(vitruvian("run", str(TINY), f"workspace={workspace}"))
+    (workspace / "stdout.txt").write_text(done.stdout)
+    return workspace

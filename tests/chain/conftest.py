@@ -1,4 +1,4 @@
-"""One finished tiny chain, shared by the tests that look at it or go on from it."""
+"""What the tests of the chain start from."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -6,19 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain.running import TINY, only_run, succeeded, vitruvian
+from tests.chain.running import only_run
 from tests.s3 import S3Server
 
 Copy = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of a tiny chain that ran to its end, by the command a user types. Read only."""
-    workspace = tmp_path_factory.mktemp("finished")
-    done = succeeded(vitruvian("run", str(TINY), f"workspace={workspace}"))
-    (workspace / "stdout.txt").write_text(done.stdout)
-    return workspace
 
 
 @pytest.fixture

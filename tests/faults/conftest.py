@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chain.conftest import finished
 from tests.faults.ranks import Ranks
 from tests.faults.running import Stage
-
-__all__ = ["finished"]
 
 
 @pytest.fixture(scope="session")
