@@ -88,7 +88,7 @@ def _lines(content: bytes) -> list[dict[str, Any]]:
     for text in content.split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if _is_line(line):
             found.append(line)

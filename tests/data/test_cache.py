@@ -117,7 +117,7 @@ def test_processes_share_a_folder_and_its_limit(tmp_path: Path) -> None:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     cache.put(name(9999), b"x" * 100)
-    assert 0 < size(tmp_path) <= limit * 1.05
+    assert 0 < size(tmp_path) <= limit * 1.25
     assert not [path for path in tmp_path.rglob(".*")]
 
 

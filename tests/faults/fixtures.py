@@ -22,6 +22,7 @@ from pipeline.data.definitions import DatasetSource, load_definition
 from pipeline.data.sharding import make_shards, write_description
 from pipeline.distributed import World
 from pipeline.files import write_json
+from pipeline.heartbeat import Heartbeat
 from pipeline.models.config import PoseConfig
 from pipeline.models.loading import PoseSpec, TokenSpec, save_model
 from pipeline.models.pose import PoseModel
@@ -140,4 +141,5 @@ def context(folder: Path, stage: dict[str, Any]) -> Context:
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     world = World(0, 0, 1, torch.device("cpu"))
     tracker = Tracker(pipeline, plan.run_dir, "one", {}, {}, [])
-    return Context(pipeline, plan, world, tracker, Status(plan.run_dir, True))
+    heartbeat = Heartbeat(plan.run_dir, 0, None, orphaned=lambda: None)
+    return Context(pipeline, plan, world, tracker, Status(plan.run_dir, True), None, heartbeat)

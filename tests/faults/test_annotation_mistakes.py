@@ -398,8 +398,8 @@ def seconds(action: Callable[[], Any]) -> float:
 
 @pytest.mark.fault(23)
 def test_a_file_in_which_every_record_is_wrong_takes_no_longer_than_a_sound_one_by_much(tmp_path: Path) -> None:
-    """20,000 wrong records are read in seconds."""
-    people = [{"bbox": [15, 15, NAN, "x"], "keypoints": [[]] * 51} for _ in range(20_000)]
+    """5,000 wrong records are read in seconds."""
+    people = [{"bbox": [15, 15, NAN, "x"], "keypoints": [[]] * 51} for _ in range(5_000)]
     (tmp_path / "a.json").write_text(json.dumps(coco_file("coco", *people, {})))
     source = DatasetSource(name="coco", annotations="a.json", images=".")
-    assert seconds(lambda: read(source, tmp_path)) < 20
+    assert seconds(lambda: read(source, tmp_path)) < 5

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import run_stage
+from launchers import execution, run_stage
 from pipeline import artifacts
 from pipeline.artifacts import git_commit
 from pipeline.errors import ConfigError
@@ -30,7 +30,7 @@ def test_an_unwritable_workspace_is_exit_2_before_anything_starts(
 ) -> None:
     """The stage that the command asks for never begins; one line on stderr."""
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(run_stage, "module_of", lambda kind: pytest.fail("the stage was started"))
+    monkeypatch.setattr(execution, "module_of", lambda kind: pytest.fail("the stage was started"))
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     code = run_stage.main(["--stage", "data", f"workspace={tmp_path}/file/workspace"])

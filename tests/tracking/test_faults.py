@@ -492,7 +492,7 @@ def test_a_stage_that_ends_at_once_still_knows_its_run(tmp_path: Path, mlflow_se
     plan = SimpleNamespace(name="mae", config=SimpleNamespace(kind="mae", description="", model_dump=lambda mode: {}))
     plan.inputs, plan.run_dir, plan.fingerprint = {}, run_dir, "f" * 64
     world: Any = SimpleNamespace(is_main=True, size=1)
-    Context(config(tmp_path, None), plan, world, stage, Any).publish(lambda folder: None)  # type: ignore[arg-type]
+    Context(config(tmp_path, None), plan, world, stage, Any, None, Any).publish(lambda folder: None)  # type: ignore[arg-type]
     manifest = read_json(run_dir / "artifact" / "manifest.json")
     assert manifest["mlflow_run"] == stage.run_id is not None
     stage.finish("KILLED")
