@@ -44,7 +44,7 @@ def test_the_chain_runs_on_real_samples(samples: Path, tmp_path: Path) -> None:
     token = read_artifact(only_run(tmp_path, "token", "samples") / "artifact").manifest.metrics
     assert token["teacher_loss_with_token"] < token["teacher_loss_without_token"]
     table = json.loads((only_run(tmp_path, "evaluate", "samples") / "artifact" / "table.json").read_text())
-    assert {row[1] for row in table["rows"]} == {"coco", "aic", "mpii", "ochuman"}
+    assert {row[1] for row in table["rows"]} == {"coco-train", "coco-val", "aic", "mpii", "ochuman"}
 
 
 @pytest.mark.slow
