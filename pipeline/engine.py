@@ -24,9 +24,11 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from pipeline.buffers import average_buffers, load_buffers_into
 from pipeline.config import EngineConfig
 from pipeline.distributed import World, autocast, rendezvous_alone
 from pipeline.errors import CheckpointError, ConfigError
+from pipeline.optimizer import SkippingAdamW
 from pipeline.recipe import split_batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -90,7 +92,7 @@ class Engine:
         self.config, self.world = config, world
         self.micro_batch_size, self.accumulation = split_batch(global_batch_size, micro_batch_size, world.size)
         self.global_batch_size = global_batch_size
-        kind = torch.optim.AdamW if config.zero_stage else _SkippingAdamW
+        kind = torch.optim.AdamW if config.zero_stage else SkippingAdamW
         optimizer = kind(parameter_groups, betas=betas, eps=1e-8, foreach=True)
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -325,54 +327,6 @@ class Engine:
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if tuple(tensors[f"weight/{name}"].shape) != shape:
                 raise CheckpointError(f"the resume point's {name} has another shape than the model's {shape}")
-
-
-class _SkippingAdamW(torch.optim.AdamW):
-    """AdamW that skips a step whose gradient is not finite, as DeepSpeed's ZeRO optimizers do. For ZeRO 0."""
-
-    overflow = False  # DeepSpeed's name for it, which its engine reads
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """The gradients are reduced by now: every rank decides alike."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.overflow = not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-        if not self.overflow:
-            super().step(closure)
-
-
-def average_buffers(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Averages running statistics, weighted by the `samples_seen` buffer of the decoder they belong to.
-
-    Counters are summed over nothing: the largest is kept. Without any samples the first share's statistics stay.
-    """
-    averaged = dict(shares[0])
-    for name, first in shares[0].items():
-        if not first.is_floating_point():
-            averaged[name] = torch.stack([share[name] for share in shares]).amax(0)
-            continue
-        owners = [
-            key
-            for key in shares[0]
-            if key.endswith("samples_seen") and name.startswith(key.removesuffix("samples_seen"))
-        ]
-        if not owners:
-            continue
-        seen = torch.stack([share[owners[0]].double() for share in shares])
-        if seen.sum() > 0:
-            weights = (seen / seen.sum()).view(-1, *[1] * first.dim())
-            averaged[name] = (torch.stack([share[name].double() for share in shares]) * weights).sum(0).to(first.dtype)
-    return averaged
-
-
-def load_buffers_into(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Copies buffers by name, in place. Raises CheckpointError if a name is missing on either side."""
-    own = dict(module.named_buffers())
-    if own.keys() != buffers.keys():
-        raise CheckpointError(f"buffers differ: {', '.join(sorted(own.keys() ^ buffers.keys())[:5])}")
-    with torch.no_grad():
-        for name, buffer in own.items():
-            buffer.copy_(buffers[name])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

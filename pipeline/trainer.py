@@ -11,9 +11,10 @@ from zlib import crc32
 
 from torch import Tensor
 
+from pipeline.buffers import average_buffers, load_buffers_into
 from pipeline.checkpoint import ResumePoints, load_buffers, load_state, load_tensors
 from pipeline.distributed import World, sum_over_ranks
-from pipeline.engine import Batch, Engine, average_buffers, load_buffers_into
+from pipeline.engine import Batch, Engine
 
 logger = logging.getLogger(__name__)
 

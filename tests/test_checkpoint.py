@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint
+from pipeline.buffers import average_buffers, load_buffers_into
 from pipeline.checkpoint import ResumePoints, load_buffers, load_state, load_tensors, verify
 from pipeline.distributed import World
-from pipeline.engine import average_buffers, load_buffers_into
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.files import read_json, write_json
 from pipeline.recipe import split_batch
