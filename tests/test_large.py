@@ -32,7 +32,7 @@ engine = Engine(PoseObjective(model, CodecConfig(input_size=(64, 48), heatmap_si
                 global_batch_size=4, micro_batch_size=None)
 batch = {"images": torch.randint(0, 256, (4, 3, 64, 48), dtype=torch.uint8), "keypoints": torch.rand(4, 17, 2) * 40,
          "visible": torch.ones(4, 17), "dataset": torch.zeros(4, dtype=torch.int64), "weight": torch.ones(4)}
-losses = [float(engine.train_step(iter([batch]), lambda g: 1e-3 * g["lr_scale"], lambda m: s)[0]) for s in range(4)]
+losses = [engine.train_step(iter([batch]), lambda g: 1e-3 * g["lr_scale"], lambda m: s).loss for s in range(4)]
 print(json.dumps(losses))
 torch.distributed.destroy_process_group()
 """
