@@ -17,7 +17,7 @@ demo: $(BIN)/.train
 	$(BIN)/vitruvian run demo
 
 test: $(BIN)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-all: $(BIN)/.test
 	$(BIN)/python -m pytest -m ""

@@ -441,7 +441,7 @@ def test_an_outage_is_a_warning_and_the_next_save_tries_again(
     assert "has no copy of the resume point of step 5" in caplog.text
     caplog.clear()
     save(storage, stage.run_dir, 10)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert [path.parent.name for path in remote.rglob(MANIFEST)] == ["step-00000010"]
 
 

@@ -1,5 +1,7 @@
 """Shards on a real S3 endpoint: a moto server on loopback."""
 
+import pytest
+
 from pipeline.artifacts import read_artifact
 from pipeline.data.collection import open_shards
 from tests.chain.conftest import Copy
@@ -7,6 +9,7 @@ from tests.chain.running import TINY, only_run, succeeded, vitruvian
 from tests.s3 import S3Server
 
 
+@pytest.mark.slow
 def test_shards_are_written_to_s3_and_trained_on_from_there(without: Copy, s3: S3Server) -> None:
     workspace = without("shards", "mae")
     remote = ["stages.shards.output=s3://crops/tiny", "storage.cache_gb=0.1", f"storage.cache={workspace}/cache"]

@@ -42,9 +42,8 @@ def _resume_points(run_dir: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "stage", ["finetune", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("mae", "token", "distill"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", TRAINING)
 def test_a_killed_stage_ends_like_one_never_killed(without: Copy, stage: str, tmp_path: Path) -> None:
     workspace = without(stage)
     command = _arguments(workspace, stage)
@@ -67,6 +66,7 @@ def test_a_killed_stage_ends_like_one_never_killed(without: Copy, stage: str, tm
     assert read_artifact(resumed / "artifact").digest == expected[2]
 
 
+@pytest.mark.slow
 def test_a_stage_killed_while_it_publishes_loses_no_training(without: Copy) -> None:
     workspace = without()
     run_dir = only_run(workspace, "finetune")
@@ -88,6 +88,7 @@ def test_a_second_process_on_a_run_directory_is_refused(without: Copy) -> None:
     assert f"is being run by process {os.getpid()}" in done.stderr
 
 
+@pytest.mark.slow
 def test_killed_shards_go_on_where_they_were(without: Copy) -> None:
     workspace = without("shards")
     expected = None
@@ -123,6 +124,7 @@ def test_a_run_goes_on_with_another_zero_stage_and_another_number_of_ranks(witho
     assert elastic == pytest.approx(undisturbed, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_stop_file_saves_and_leaves_with_75_and_the_same_command_goes_on(without: Copy) -> None:
     workspace = without("mae")
     command = _arguments(workspace, "mae", "stages.mae.steps=400", "stages.mae.save_every=400")

@@ -112,6 +112,7 @@ def test_a_stage_finds_its_inputs_in_the_storage(without: Copy, s3: S3Server, tm
         other.verify()
 
 
+@pytest.mark.slow
 def test_a_storage_out_of_reach_at_the_start_says_what_to_do(without: Copy, s3: S3Server) -> None:
     workspace = without("mae")
     command = _arguments(workspace, "mae", "stages.mae.steps=4")
