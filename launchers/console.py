@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 _FORMAT = "%(asctime)s %(message)s"
+_UNBOUNDED = 10_000
 
 
 def setup_logging(rank: int, run_dir: Path | None = None) -> None:
@@ -32,13 +33,13 @@ def setup_logging(rank: int, run_dir: Path | None = None) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """Prints a table on stdout, up to 200 characters wide where there is no terminal."""
+    """Prints a table on stdout; where there is no terminal, as wide as it is."""
     drawn = Table()
     for index, column in enumerate(columns):
         drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*[str(cell) for cell in row])
     console = Console()
-    console = Console(width=console.width if console.is_terminal else 200)
+    console = Console(width=console.width if console.is_terminal else _UNBOUNDED)
     console.print(title, style="bold", highlight=False)
     console.print(drawn)

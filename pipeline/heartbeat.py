@@ -39,6 +39,7 @@ class Heartbeat:
         self._orphaned = orphaned
         self._what, self._last, self._written = "", 0.0, 0.0
         self._stopped = threading.Event()
+        self._every = min(5.0, (limit or 50.0) / 10)
         self._launchers = _launchers()
 
     def start(self, what: str) -> None:
@@ -64,8 +65,7 @@ class Heartbeat:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        every = min(5.0, (self.limit or 50.0) / 10)
-        while not self._stopped.wait(every):
+        while not self._stopped.wait(self._every):
             silent = time.monotonic() - self._last
             if self.limit is not None and silent > self.limit:
                 self._give_up(silent)
@@ -82,6 +82,8 @@ class Heartbeat:
         for stream in streams or [sys.stderr]:
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
+        # The launcher ends the others as soon as one leaves: they, who wait for the same step, get to tell theirs.
+        time.sleep(2 * self._every + 1)
         os._exit(EXIT_HUNG)
 
 

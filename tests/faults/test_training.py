@@ -244,9 +244,9 @@ def test_a_spike_is_skipped_by_all(stage: Stage, tmp_path: Path) -> None:
 
 @pytest.mark.fault(15)
 def test_a_rank_that_hangs_ends_the_job_with_everybodys_stacks(stage: Stage) -> None:
-    outcome = stage.run(2, "runtime.hang_minutes=0.05", fault={"do": "hang", "step": 7, "at": "step", "rank": 1})
+    outcome = stage.run(2, "runtime.hang_minutes=0.25", fault={"do": "hang", "step": 7, "at": "step", "rank": 1})
     assert 1 in outcome.codes
-    assert outcome.seconds < 30
+    assert outcome.seconds < 60
     assert "no progress for" in outcome.log
     assert "rank 1 on" in outcome.log and "step 7" in outcome.log
     assert "all_reduce" in outcome.log or "backward" in outcome.log, "the stack of the rank that waited"
