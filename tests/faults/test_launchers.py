@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.status import read_status
 from tests.chain.running import ROOT, TINY, deepspeed_command, environment, last_step, only_run, run_stage, succeeded
 from tests.faults.running import Stage, left
 
@@ -88,11 +89,10 @@ def test_ranks_leave_when_their_launcher_is_killed_and_lose_no_step(launcher: st
 def test_a_signal_to_the_deepspeed_launcher_stops_all_ranks_without_losing_a_step(stage: Stage) -> None:
     with launched(deepspeed_command(2, *arguments(stage, ENDLESS))) as process:
         wait_for(lambda: last_step(stage.workspace, stage.name) >= 3, 120, "the third step")
-        started = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        process.wait(40)
-        assert time.monotonic() - started < 20
-    status = json.loads((stage.run_dir / "status.json").read_text())
+        # On one machine the launcher does not pass it on: the ranks see that it is gone.
+        wait_for(lambda: read_status(stage.run_dir)["state"] == "stopped", 20, "the stop of all ranks")
+    status = read_status(stage.run_dir)
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert status["saved_step"] == last_step(stage.workspace, stage.name)
 
@@ -100,11 +100,11 @@ def test_a_signal_to_the_deepspeed_launcher_stops_all_ranks_without_losing_a_ste
 @pytest.mark.fault(15)
 @pytest.mark.slow
 def test_a_stopped_rank_ends_the_job_under_the_deepspeed_launcher(stage: Stage) -> None:
-    with launched(deepspeed_command(2, *arguments(stage, ENDLESS, "runtime.hang_minutes=0.1"))) as process:
+    with launched(deepspeed_command(2, *arguments(stage, ENDLESS, "runtime.hang_minutes=0.5"))) as process:
         wait_for(lambda: last_step(stage.workspace, stage.name) >= 3, 120, "the third step")
         ranks = pids(stage.run_dir)
         os.kill(ranks[1], signal.SIGSTOP)
-        wait_for(lambda: process.poll() is not None, 90, "the end of the job")
+        wait_for(lambda: process.poll() is not None, 120, "the end of the job")
         assert process.returncode not in (0, 75)
         assert all(map(is_gone, ranks)), "the stopped one, too"
     log = (stage.run_dir / "log-0.txt").read_text()
