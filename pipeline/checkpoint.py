@@ -29,6 +29,7 @@ from pipeline.errors import CheckpointError, StorageError
 from pipeline.files import fsync_directory, fsync_tree, read_json, sha256, write_json
 from pipeline.graph import resume_points, step_of
 from pipeline.run_storage import RunStorage
+from pipeline.status import read_status
 
 logger = logging.getLogger(__name__)
 
@@ -138,11 +139,8 @@ class ResumePoints:
 
     def _once_saved(self) -> int:
         """The last step that the status file says was saved; 0 where none was."""
-        status = self.folder.parent / "status.json"
-        try:
-            return int(read_json(status).get("saved_step", 0)) if status.is_file() else 0
-        except (OSError, ValueError, TypeError, AttributeError):
-            return 0
+        saved = read_status(self.folder.parent).get("saved_step", 0)
+        return saved if isinstance(saved, int) else 0
 
 
 def _appears(point: Path, seconds: float = 60.0) -> bool:

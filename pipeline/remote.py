@@ -9,13 +9,13 @@ from typing import TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ArtifactError, ConfigError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ATTEMPTS = 3
-_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+_FINAL = (ArtifactError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
 
 
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:

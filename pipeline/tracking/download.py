@@ -1,16 +1,14 @@
 """Artifacts fetched from MLflow: whole and what they are said to be, or refused."""
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Artifact, read_artifact, without_passwords
 from pipeline.errors import ArtifactError
 from pipeline.files import publish_folder, read_json, write_json
+from pipeline.remote import retried
 from pipeline.tracking.mlflow_run import mlflow_client
-
-_ATTEMPTS = 3
 
 
 def download(uri: str, destination: Path, *, run_id: str | None = None, fingerprint: str | None = None) -> bool:
@@ -20,16 +18,8 @@ def download(uri: str, destination: Path, *, run_id: str | None = None, fingerpr
     the manifest is what the run's tags say. Raises ArtifactError for that, and where finished runs of the fingerprint have
     different artifacts, and whatever MLflow raises.
     """
-    for attempts_left in reversed(range(_ATTEMPTS)):
-        try:
-            return _download(mlflow_client(uri), uri, destination, run_id, fingerprint)
-        except ArtifactError:
-            raise
-        except Exception:
-            if not attempts_left:
-                raise
-            time.sleep(1.0)
-    raise AssertionError("the last attempt returns or raises")
+    where = f"MLflow at {without_passwords(uri)}"
+    return retried(lambda: _download(mlflow_client(uri), uri, destination, run_id, fingerprint), where)
 
 
 def published_digest(uri: str, fingerprint: str) -> str | None:
