@@ -18,7 +18,7 @@ from pipeline.distributed import autocast
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score
-from pipeline.models.loading import MAESpec, PoseSpec, load_pose, load_strictly, read_spec, read_tensors, save_model
+from pipeline.models.loading import MAESpec, PoseSpec, load_pose, read_spec, read_tensors, require_fit, save_model
 from pipeline.models.mae import backbone_state
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
@@ -91,7 +91,7 @@ class PoseSetup:
         """Writes the model artifact's files, after checking that the tensors fit the description."""
         with torch.device("meta"):
             expected = PoseModel(self.spec.config, self.spec.keypoints)
-        load_strictly(expected, tensors, "the trained model")
+        require_fit(expected, tensors, "the trained model")
         save_model(folder, self.spec, tensors)
 
     def about(self) -> dict[str, Any]:
