@@ -59,7 +59,7 @@ def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str]) ->
         records = _Records(Status(stage.run_dir, world.is_main), tracker, storage)
         try:
             if distributed:
-                from pipeline.engine import start_process_group
+                from pipeline.process_group import start_process_group
 
                 start_process_group(world, heartbeat.limit)
             if pipeline.storage.url is not None and broadcast_object(stage.state) == "done":

@@ -4,11 +4,9 @@ The rest of the code sees named float32 tensors and one `train_step`. What DeepS
 0.19.8 on gloo; the surprises are noted where they matter.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import deepspeed
@@ -26,31 +24,13 @@ from torch import Tensor, nn
 
 from pipeline.buffers import average_buffers, load_buffers_into
 from pipeline.config import EngineConfig
-from pipeline.distributed import World, autocast, rendezvous_alone
-from pipeline.errors import CheckpointError, ConfigError
+from pipeline.distributed import World, autocast
+from pipeline.errors import CheckpointError
 from pipeline.optimizer import SkippingAdamW
 from pipeline.recipe import split_batch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Batch = Mapping[str, Any]
-
-
-def start_process_group(world: World, patience: float | None = None) -> None:
-    """Collective. Joins the peers: nccl on GPUs, gloo on CPUs.
-
-    patience: seconds that a rank may keep the others waiting in a collective; the heartbeat says more, so it is first.
-    """
-    rendezvous_alone()
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=2 * patience + 60 if patience else 7 * 86400)
-    try:
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    except dist.DistNetworkError as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = "the port is taken" if "EADDRINUSE" in str(error) else " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"the ranks can't meet at {where}: {reason}; give the launcher another --master_port"
-        ) from None
 
 
 @dataclass(frozen=True)

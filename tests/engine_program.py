@@ -8,11 +8,12 @@ import torch
 from pipeline.config import EngineConfig, RuntimeConfig
 from pipeline.data.codec import CodecConfig
 from pipeline.distributed import world_from_environment
-from pipeline.engine import Engine, start_process_group
+from pipeline.engine import Engine
 from pipeline.models.config import PoseConfig
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
 from pipeline.objectives import PoseObjective
+from pipeline.process_group import shared_memory, start_process_group
 
 NAMES = ["coco", "mpii"]
 KEYPOINTS = {"coco": 17, "mpii": 16}
@@ -23,6 +24,7 @@ def main() -> None:
     zero_stage = int(sys.argv[-1])
     world = world_from_environment(RuntimeConfig(device="cpu"))
     start_process_group(world)
+    assert not shared_memory(world.rank), "a killed rank would leave it behind"
     torch.manual_seed(0)
     backbone = {"size": "micro", "image_size": (64, 48), "patch_size": 8}
     model = PoseModel(PoseConfig(backbone=backbone, decoder={"filters": 16}), KEYPOINTS)
