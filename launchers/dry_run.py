@@ -21,7 +21,6 @@ from pipeline.models.pose import describe as describe_pose
 from pipeline.models.vit import count_parameters
 from pipeline.recipe import TrainingConfig, split_batch
 
-
 ZERO_STAGES = (1, 2, 3)
 
 

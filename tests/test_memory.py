@@ -45,6 +45,43 @@ def test_gradient_checkpointing_keeps_inputs_and_one_block() -> None:
     assert cheap == pytest.approx(1.12 * (12 * 4 * 192 * 768 + block + decoder))
 
 
+def test_frozen_parameters_cost_their_weights_alone() -> None:
+    for stage, weights in ((0, 4), (1, 4), (2, 4), (3, 0.5)):
+        whole, half = states(1000, 8, stage), states(1000, 8, stage, frozen=500)
+        assert half == pytest.approx(whole / 2 + 500 * weights)
+
+
+TABLE_5 = [  # ViTPose, table 5, from the cheapest to the dearest by its column of memory; the last in 16 bits
+    ({"window": (8, 8), "shift": True}, "float32"),
+    ({"window": (8, 8), "shift": True, "pool": True}, "float32"),
+    ({"window": (16, 12), "shift": True, "pool": True}, "float32"),
+    ({"window": (8, 8), "global_blocks": 4}, "float32"),
+    ({}, "bf16"),
+]
+
+
+def test_materialised_attention_follows_the_order_of_table_5() -> None:
+    found = []
+    for attention, precision in TABLE_5:
+        backbone = ViTConfig(size="B", feature_ratio=2, attention=attention)
+        model = PoseConfig(backbone=backbone, decoder={"deconv_layers": 1})
+        found.append(estimate(model, 0, 1, 1, EngineConfig(precision=precision), materialised=True))
+    assert found == sorted(found) and len(set(found)) == len(found)
+
+
+def test_windows_cost_what_is_padded_and_what_is_seen_twice() -> None:
+    backbone = ViTConfig(size="micro", image_size=(80, 48), attention={"window": (2, 2), "pool": True})
+    plain = 2 * 4 * 15 * (8 * 32 + 2 * 128)
+    windows, places, keys = 6, 4, 4 + 6
+    copies = 2 * 4 * 2 * 32 * (windows * (places + keys) - 2 * 15)
+    decoder = 3 * 4 * 256 * 20 * 12 * 1.25
+    model = PoseConfig(backbone=backbone)
+    assert estimate(model, 0, 1, 1, EngineConfig()) == pytest.approx(1.12 * (plain + copies + decoder))
+    maps = 2 * 4 * 2 * windows * places * keys
+    found = estimate(model, 0, 1, 1, EngineConfig(), materialised=True)
+    assert found == pytest.approx(1.12 * (plain + copies + decoder + maps))
+
+
 def test_an_autoencoder_costs_its_visible_patches_and_a_decoder_over_all() -> None:
     config = MAEConfig(
         backbone=ViTConfig(size="micro", image_size=(64, 64), patch_size=16, patch_padding=0),

@@ -52,12 +52,13 @@ class ParallelConvolution(nn.Module):
         return F.pad(found, (0, 0, 0, tokens.shape[1] - patches))
 
     def _normalise(self, picture: Tensor) -> Tensor:
-        if self.training and self.recomputing:
-            # With the statistics of the batch, as the first time; the running ones were moved then.
-            return F.batch_norm(picture, None, None, self.norm.weight, self.norm.bias, training=True, eps=self.norm.eps)
-        if self.training:
-            self.samples_seen += len(picture)
-        return self.norm(picture)
+        if not self.training or not self.recomputing:
+            self.samples_seen += len(picture) if self.training else 0
+            return self.norm(picture)
+        # With the statistics of the batch, as the first time; the running ones were moved then, copies move now.
+        mean, variance = self.norm.running_mean.clone(), self.norm.running_var.clone()
+        weight, bias = self.norm.weight, self.norm.bias
+        return F.batch_norm(picture, mean, variance, weight, bias, training=True, eps=self.norm.eps)
 
 
 class ParallelBlock(Block):
