@@ -22,10 +22,12 @@ from pipeline.models.vit import count_parameters
 from pipeline.recipe import TrainingConfig, split_batch
 
 ZERO_STAGES = (1, 2, 3)
+GPUS = 8
+"""Of a machine that one looks for, where the configuration has one process."""
 
 
 def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> None:
-    """Three tables: what would happen to each stage, what each model costs, and its memory under ZeRO."""
+    """Three tables: what would happen to each stage, the memory of each model under ZeRO, and what the model costs."""
     plans = graph.plan(pipeline, only)
     table(
         f"{pipeline.name}: what would run",
@@ -39,11 +41,7 @@ def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> No
     if not models:
         return
     processes = pipeline.runtime.processes or 1
-    title = f"models (processes: {processes}, ZeRO {pipeline.engine.zero_stage}, {pipeline.engine.precision})"
-    columns = ["stage", "backbone", "whole model", "GMACs", "global batch", "memory per process", "steps"]
-    table(title, columns, [model.row(processes) for model in models])
-    # Alone, a process has nothing to share: then as on a machine with 8 GPUs.
-    sharing = processes if processes > 1 else 8
+    sharing = processes if processes > 1 else GPUS  # alone, a process shares nothing
     table(
         f"memory per process with {sharing} processes ({pipeline.engine.precision})",
         ["stage", *[f"ZeRO {stage}" for stage in ZERO_STAGES]],
@@ -53,6 +51,9 @@ def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> No
             if model.config
         ],
     )
+    title = f"models (processes: {processes}, ZeRO {pipeline.engine.zero_stage}, {pipeline.engine.precision})"
+    columns = ["stage", "backbone", "whole model", "GMACs", "global batch", "memory per process", "steps"]
+    table(title, columns, [model.row(processes) for model in models])
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,13 @@ def _blocks(config: ViTConfig, tokens: int, element: int, materialised: bool) ->
 
 
 def _block(config: ViTConfig, index: int, tokens: int, element: int, materialised: bool) -> float:
-    """Bytes of one block. Windows keep padded queries and answers, and keys and values as often as they are seen."""
+    """Bytes of one block. Windows keep padded queries and answers, keys and values as often as they are seen, and the
+    answers once more in the order of the patches."""
     values, pairs = tokens * (8 * config.width + 2 * config.mlp_width), tokens**2
     if config.attention.window_of(index, config.depth) is not None:
         seen = attended(config, index)
         pairs = seen.pairs
-        values += 2 * config.width * (seen.windows * (seen.queries + seen.keys) - 2 * tokens)
+        values += config.width * (2 * seen.windows * (seen.queries + seen.keys) - 3 * tokens)
     if config.parallel_convolution:
         values += 12 * tokens * config.width  # what its norm, activation and second convolution take in
     # Softmax runs in float32; under autocast its result is kept a second time, in 16 bits.
