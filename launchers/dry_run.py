@@ -1,22 +1,33 @@
 """`--dry-run`: resolves everything, builds models without memory, prints sizes and steps, starts nothing."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
 
 from launchers.console import table
 from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.data.collection import open_shards
 from pipeline.data.definitions import load_definition
+from pipeline.errors import ConfigError
 from pipeline.memory import estimate
 from pipeline.models.config import MAEConfig, PoseConfig
+from pipeline.models.cost import mae_cost, pose_cost
 from pipeline.models.mae import describe as describe_mae
+from pipeline.models.parameter_groups import freeze
+from pipeline.models.pose import PoseModel
 from pipeline.models.pose import describe as describe_pose
 from pipeline.models.vit import count_parameters
 from pipeline.recipe import TrainingConfig, split_batch
 
+ZERO_STAGES = (1, 2, 3)
+GPUS = 8
+"""Of a machine that one looks for, where the configuration has one process."""
+
 
 def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> None:
-    """Two tables: what would happen to each stage, and what each model costs."""
+    """Three tables: what would happen to each stage, the memory of each model under ZeRO, and what the model costs."""
     plans = graph.plan(pipeline, only)
     table(
         f"{pipeline.name}: what would run",
@@ -26,46 +37,105 @@ def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> No
             for p in plans.values()
         ],
     )
-    rows = [_model_row(pipeline, plan) for plan in plans.values() if isinstance(plan.config, TrainingConfig)]
-    columns = ["stage", "backbone", "whole model", "global batch", "memory per process", "steps"]
-    if rows:
-        processes = pipeline.runtime.processes or 1
-        title = f"models (processes: {processes}, ZeRO {pipeline.engine.zero_stage}, {pipeline.engine.precision})"
-        table(title, columns, rows)
-
-
-def _model_row(pipeline: PipelineConfig, plan: graph.StagePlan) -> list[Any]:
-    config = plan.config
-    assert isinstance(config, TrainingConfig)
+    models = [_Model.of(pipeline, plan) for plan in plans.values() if isinstance(plan.config, TrainingConfig)]
+    if not models:
+        return
     processes = pipeline.runtime.processes or 1
-    micro, accumulation = split_batch(config.global_batch_size, pipeline.runtime.micro_batch_size, processes)
-    batch = f"{config.global_batch_size} = {micro} x {accumulation} x {processes}"
-    model = getattr(config, "model", None)
-    if model is None:
-        return [plan.name, "-", "-", batch, "-", _steps(config, plan)]
-    total = _total(model, plan, pipeline)
-    memory = estimate(model, total, micro, processes, pipeline.engine)
-    return [
-        plan.name,
-        _millions(count_parameters(model.backbone)),
-        _millions(total),
-        batch,
-        f"{memory / 2**30:.2f} GiB",
-        _steps(config, plan),
-    ]
+    sharing = processes if processes > 1 else GPUS  # alone, a process shares nothing
+    table(
+        f"memory per process with {sharing} processes ({pipeline.engine.precision})",
+        ["stage", *[f"ZeRO {stage}" for stage in ZERO_STAGES]],
+        [
+            [model.plan.name, *[model.memory(stage, sharing) for stage in ZERO_STAGES]]
+            for model in models
+            if model.config
+        ],
+    )
+    title = f"models (processes: {processes}, ZeRO {pipeline.engine.zero_stage}, {pipeline.engine.precision})"
+    columns = ["stage", "backbone", "whole model", "GMACs", "global batch", "memory per process", "steps"]
+    table(title, columns, [model.row(processes) for model in models])
 
 
-def _total(model: PoseConfig | MAEConfig, plan: graph.StagePlan, pipeline: PipelineConfig) -> int:
-    if isinstance(model, MAEConfig):
-        return describe_mae(model)["total"]
+@dataclass(frozen=True)
+class _Model:
+    """A training stage and the sizes of its model."""
+
+    pipeline: PipelineConfig
+    plan: graph.StagePlan
+    config: PoseConfig | MAEConfig | None
+    """None where another stage's artifact brings the model."""
+    backbone: int = 0
+    total: int = 0
+    frozen: int = 0
+    macs: tuple[int, int] = (0, 0)
+    """Of backbone or encoder, and of one decoder."""
+
+    @classmethod
+    def of(cls, pipeline: PipelineConfig, plan: graph.StagePlan) -> "_Model":
+        config = getattr(plan.config, "model", None)
+        if config is None:
+            return cls(pipeline, plan, None)
+        if isinstance(config, MAEConfig):
+            sizes = count_parameters(config.backbone), describe_mae(config)["total"]
+            return cls(pipeline, plan, config, *sizes, macs=mae_cost(config))
+        keypoints = _keypoints(plan, pipeline)
+        sizes = describe_pose(config, keypoints)
+        frozen = _frozen(config, keypoints, getattr(plan.config, "freeze", None))
+        macs = pose_cost(config, max(keypoints.values()))
+        return cls(pipeline, plan, config, sizes["backbone"], sizes["total"], frozen, macs)
+
+    def memory(self, zero_stage: int, processes: int) -> str:
+        """Per process; "-" where the batch does not divide over so many."""
+        assert self.config is not None
+        engine = self.pipeline.engine.model_copy(update={"zero_stage": zero_stage})
+        try:
+            micro, _ = self._split(processes)
+        except ConfigError:
+            return "-"
+        found = estimate(self.config, self.total, micro, processes, engine, frozen=self.frozen)
+        return f"{found / 2**30:.2f} GiB"
+
+    def row(self, processes: int) -> list[Any]:
+        config = self.plan.config
+        assert isinstance(config, TrainingConfig)
+        micro, accumulation = self._split(processes)
+        batch = f"{config.global_batch_size} = {micro} x {accumulation} x {processes}"
+        if self.config is None:
+            return [self.plan.name, "-", "-", "-", batch, "-", _steps(config, self.plan)]
+        return [
+            self.plan.name,
+            _millions(self.backbone),
+            _millions(self.total),
+            " + ".join(f"{macs / 1e9:,.3g}" if macs < 1e10 else f"{macs / 1e9:,.1f}" for macs in self.macs),
+            batch,
+            self.memory(self.pipeline.engine.zero_stage, processes),
+            _steps(config, self.plan),
+        ]
+
+    def _split(self, processes: int) -> tuple[int, int]:
+        config = self.plan.config
+        assert isinstance(config, TrainingConfig)
+        return split_batch(config.global_batch_size, self.pipeline.runtime.micro_batch_size, processes)
+
+
+def _frozen(config: PoseConfig, keypoints: dict[str, int], part: Literal["attention", "ffn"] | None) -> int:
+    """Parameters that don't train."""
+    if part is None and config.backbone.positions == "learned":
+        return 0
+    with torch.device("meta"):
+        model = PoseModel(config, keypoints)
+    if part is not None:
+        freeze(model, part)
+    return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def _keypoints(plan: graph.StagePlan, pipeline: PipelineConfig) -> dict[str, int]:
+    """K by dataset of the shards that a stage reads."""
     shards = plan.inputs.get("shards")
-    if shards is not None and shards.artifact is not None:
-        keypoints = {
-            name: d.num_keypoints for name, d in open_shards(shards.artifact).definitions.items() if d.num_keypoints
-        }
-    else:
-        keypoints = _keypoints_to_come(plan, pipeline)
-    return describe_pose(model, keypoints)["total"]
+    if shards is None or shards.artifact is None:
+        return _keypoints_to_come(plan, pipeline)
+    definitions = open_shards(shards.artifact).definitions
+    return {name: d.num_keypoints for name, d in definitions.items() if d.num_keypoints}
 
 
 def _keypoints_to_come(plan: graph.StagePlan, pipeline: PipelineConfig) -> dict[str, int]:

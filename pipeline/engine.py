@@ -84,6 +84,8 @@ class Engine:
         )
         self.module: nn.Module = self._engine.module
         self._trained = [(self._names[id(parameter)], parameter) for parameter in trained]
+        learning = {id(parameter) for parameter in trained}
+        self._frozen = [(name, each) for name, each in module.named_parameters() if id(each) not in learning]
 
     def _deepspeed_config(self, gradient_clipping: float | None) -> dict[str, Any]:
         bf16 = self.config.precision == "bf16"
@@ -152,13 +154,13 @@ class Engine:
         return float(norm) if norm is not None else float("nan")
 
     def whole_weights(self) -> dict[str, Tensor]:
-        """Whole float32 weights by name, as they lie on this rank's device, on every rank. Not with ZeRO 3."""
+        """Whole float32 weights that train, by name, as they lie on this rank's device. Not with ZeRO 3."""
         assert self.config.zero_stage < 3, "ZeRO 3 keeps no whole weights"
         return {name: parameter.detach() for name, parameter in self._trained}
 
     def weights(self) -> dict[str, Tensor]:
-        """Collective. Whole float32 weights by name, on the CPU; empty on ranks other than 0."""
-        found = {}
+        """Collective. Whole float32 weights by name, frozen ones too, on the CPU; empty on ranks other than 0."""
+        found = {name: value.cpu().clone() for name, value in self._read_frozen() if self.world.is_main}
         for name, parameter in self._trained:
             value = self._read(parameter, None)
             if self.world.is_main:
@@ -166,8 +168,14 @@ class Engine:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Collective. Whole weights, moments and optimizer steps by name, spread evenly over the ranks, on the CPU."""
+        """Collective. Whole weights, moments and optimizer steps by name, spread evenly over the ranks, on the CPU.
+
+        Frozen parameters have weights alone.
+        """
         found = {}
+        for index, (name, value) in enumerate(self._read_frozen()):
+            if index % self.world.size == self.world.rank:
+                found[f"weight/{name}"] = value.cpu().clone()
         self._link_moments()
         steps = self._optimizer_steps()
         for index, (name, parameter) in enumerate(self._trained):
@@ -192,6 +200,8 @@ class Engine:
         for name, parameter in self._trained:
             for key in (None, *MOMENTS):
                 self._write(parameter, tensors[f"{key or 'weight'}/{name}"].to(self.world.device), key)
+        for name, parameter in self._frozen:
+            self._write_frozen(parameter, tensors[f"weight/{name}"].to(self.world.device))
         if self._trained:
             self._set_optimizer_steps(float(tensors[f"step/{self._trained[0][0]}"]))
         if self.config.zero_stage == 3:
@@ -228,6 +238,24 @@ class Engine:
             for share, slot in zip(gathered, slots, strict=True):
                 share[name] = slot
         return average_buffers(gathered)
+
+    def _read_frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Collective. Names and whole weights of the parameters that don't train."""
+        for name, parameter in self._frozen:
+            if self.config.zero_stage < 3:
+                yield name, parameter.detach().float()
+            else:
+                # The optimizer knows nothing of them, so neither do the accessors of _read().
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    value = parameter.detach().float().clone()
+                yield name, value
+
+    def _write_frozen(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self.config.zero_stage < 3:
+            parameter.data.copy_(value)
+        else:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         if self.config.zero_stage == 0:
@@ -297,13 +325,14 @@ class Engine:
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         expected = {f"{key or 'weight'}/{name}" for name, _ in self._trained for key in (None, *MOMENTS)}
+        expected |= {f"weight/{name}" for name, _ in self._frozen}
         found = {name for name in tensors if not name.startswith("step/")}
         if expected != found:
             differing = sorted(expected ^ found)[:5]
             raise CheckpointError(
                 f"the resume point holds other parameters than the model; differing: {', '.join(differing)}"
             )
-        for name, parameter in self._trained:
+        for name, parameter in (*self._trained, *self._frozen):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             if tuple(tensors[f"weight/{name}"].shape) != shape:
                 raise CheckpointError(f"the resume point's {name} has another shape than the model's {shape}")

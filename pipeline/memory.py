@@ -2,15 +2,27 @@
 
 from pipeline.config import EngineConfig
 from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.cost import attended
 
 _OVERHEAD = 1.12
 """Between the formula and the peak memory in ViTPose's published training logs (B, L and H within 3 %)."""
 
 
 def estimate(
-    model: PoseConfig | MAEConfig, parameters: int, micro_batch: int, processes: int, engine: EngineConfig
+    model: PoseConfig | MAEConfig,
+    parameters: int,
+    micro_batch: int,
+    processes: int,
+    engine: EngineConfig,
+    *,
+    frozen: int = 0,
+    materialised: bool = False,
 ) -> float:
-    """Bytes per process: float32 weights, gradients and moments (ZeRO, table 1) and activations with fused attention."""
+    """Bytes per process: float32 weights, gradients and moments (ZeRO, table 1), and activations.
+
+    frozen: how many of the parameters have weights alone. Attention is fused; with `materialised` each block keeps its
+    attention map, as the framework of ViTPose's paper did.
+    """
     element = 2 if engine.precision == "bf16" else 4
     backbone = model.backbone
     tokens = backbone.patches
@@ -23,23 +35,40 @@ def estimate(
             heads=model.decoder_heads,
             patch_padding=0,
         )
-        activations = _blocks(backbone, model.visible + 1, element) + _blocks(decoder, tokens + 1, element)
+        activations = _blocks(backbone, model.visible + 1, element, materialised)
+        activations += _blocks(decoder, tokens + 1, element, materialised)
     else:
         height, width = model.heatmap_size
         filters = model.decoder.filters if model.decoder.kind == "classic" else backbone.width
-        activations = _blocks(backbone, tokens, element) + 3 * element * filters * height * width * 1.25
-    return _OVERHEAD * (states(parameters, processes, engine.zero_stage) + micro_batch * activations)
+        activations = _blocks(backbone, tokens, element, materialised) + 3 * element * filters * height * width * 1.25
+    return _OVERHEAD * (states(parameters, processes, engine.zero_stage, frozen) + micro_batch * activations)
 
 
-def states(parameters: int, processes: int, zero_stage: int) -> float:
-    """Bytes of weights (4), gradients (4) and moments (8) per process under ZeRO, in float32."""
+def states(parameters: int, processes: int, zero_stage: int, frozen: int = 0) -> float:
+    """Bytes of weights (4), gradients (4) and moments (8) per process under ZeRO, in float32; frozen: weights alone."""
     sharded = {0: 0, 1: 8, 2: 12, 3: 16}[zero_stage]
-    return parameters * ((16 - sharded) + sharded / processes)
+    still = frozen * 4 / (processes if zero_stage == 3 else 1)
+    return still + (parameters - frozen) * ((16 - sharded) + sharded / processes)
 
 
-def _blocks(config: ViTConfig, tokens: int, element: int) -> float:
+def _blocks(config: ViTConfig, tokens: int, element: int, materialised: bool) -> float:
     """Bytes that a sample's forward keeps for the backward: all of it, or block inputs and one block."""
-    block = element * tokens * (8 * config.width + 2 * config.mlp_width)
+    blocks = [_block(config, index, tokens, element, materialised) for index in range(config.depth)]
     if config.gradient_checkpointing:
-        return config.depth * element * tokens * config.width + block
-    return config.depth * block
+        return config.depth * element * tokens * config.width + max(blocks)
+    return sum(blocks)
+
+
+def _block(config: ViTConfig, index: int, tokens: int, element: int, materialised: bool) -> float:
+    """Bytes of one block. Windows keep padded queries and answers, keys and values as often as they are seen, and the
+    answers once more in the order of the patches."""
+    values, pairs = tokens * (8 * config.width + 2 * config.mlp_width), tokens**2
+    if config.attention.window_of(index, config.depth) is not None:
+        seen = attended(config, index)
+        pairs = seen.pairs
+        values += config.width * (2 * seen.windows * (seen.queries + seen.keys) - 3 * tokens)
+    if config.parallel_convolution:
+        values += 12 * tokens * config.width  # what its norm, activation and second convolution take in
+    # Softmax runs in float32; under autocast its result is kept a second time, in 16 bits.
+    kept = config.heads * pairs * (6 if element == 2 else 4) if materialised else 0
+    return element * values + kept

@@ -210,7 +210,7 @@ def _final_state(engine: Engine, objective: nn.Module, average: AverageWeights |
     """Collective. What is published: whole weights, or their average, and averaged buffers; on rank 0."""
     weights, buffers = engine.weights(), engine.averaged_buffers()
     if average is not None:
-        weights = average.tensors()
+        weights |= average.tensors()  # frozen ones have no average
     names = objective.state_dict().keys() if engine.world.is_main else ()
     everything = {**weights, **{name: value.cpu() for name, value in buffers.items()}}
     return {name: everything[name] for name in names if name in everything}

@@ -32,6 +32,9 @@ class Config(PoseTrainingConfig):
     kind: Literal["finetune"]
     inputs: Inputs
     """Artifacts by role."""
+    freeze: Literal["attention", "ffn"] | None = None
+    """Partial finetuning (ViTPose, table 6). attention: attention and first norm of every block stay as they begin;
+    ffn: positions, patch embedding, MLP and second norm of every block. Needs inputs.init."""
     average_decay: float | None = Field(None, gt=0, lt=1)
     """Publish an exponential moving average of the weights with this decay; not with ZeRO 3. The evaluation on the way
     is of the weights themselves."""
@@ -40,6 +43,12 @@ class Config(PoseTrainingConfig):
     def _one_choice_of_weights(self) -> "Config":
         if self.average_decay is not None and self.keep == "best":
             raise ValueError("average_decay publishes the average, keep: best the best weights: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_parts_were_trained(self) -> "Config":
+        if self.freeze is not None and self.inputs.init is None:
+            raise ValueError(f"freeze: {self.freeze} would freeze random weights: give inputs.init, or leave it out")
         return self
 
     def check(self, pipeline: PipelineConfig) -> None:
@@ -51,11 +60,14 @@ class Config(PoseTrainingConfig):
 
 def run(context: Context, config: Config) -> None:
     """Collective. Trains to the end and publishes."""
+    from pipeline.models.parameter_groups import freeze
     from pipeline.objectives import PoseObjective
     from pipeline.pose_training import PoseSetup
 
     setup = PoseSetup.of(context, config)
     model = setup.new_model(context.artifact("init") if context.has("init") else None)
+    if config.freeze is not None:
+        freeze(model, config.freeze)
     objective = PoseObjective(model, setup.codec, setup.collection.names)
     result = setup.train(objective, model, average_decay=config.average_decay)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.models.attention_config import AttentionConfig
 from pipeline.strict import Strict
 
 
@@ -40,7 +41,10 @@ class ViTConfig(Strict):
     image_size: tuple[int, int] = (256, 192)
     """Height and width of the input in pixels; multiples of the patch size."""
     patch_size: int = Field(16, ge=1, le=1024)
-    """Side of a patch in pixels, which is also the stride."""
+    """Side of a patch in pixels."""
+    feature_ratio: Literal[1, 2, 4] = 1
+    """Tokens along a patch's side: patches start every patch_size / feature_ratio pixels and overlap above 1. Features
+    of patches of 16 have 1/16, 1/8 or 1/4 of the image's size."""
     width: int = Field(ge=1, le=65_536)
     """Channels of a token."""
     depth: int = Field(ge=1, le=1000)
@@ -51,8 +55,15 @@ class ViTConfig(Strict):
     """Hidden channels of a block's MLP; four times the width unless given."""
     drop_path: float = Field(0.0, ge=0.0, lt=1.0)
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
-    patch_padding: int = Field(2, ge=0, le=1024)
-    """Zero padding of the patch convolution in pixels: 2 in ViTPose (patches lie 2 pixels up and left), 0 in MAE."""
+    patch_padding: int = Field(ge=0, le=1024)
+    """Zero padding of the patch convolution in pixels. At feature_ratio 1 2 unless given, as in ViTPose (patches lie 2
+    pixels up and left; MAE has 0); above, what centres the patches: 4 at ratio 2 and 6 at 4 for patches of 16."""
+    positions: Literal["learned", "fixed"] = "learned"
+    """learned: trained; fixed: 2-D sin-cos (MAE), frozen. Positions that `init` brings replace either's start."""
+    attention: AttentionConfig = AttentionConfig()
+    """Full attention, or windows."""
+    parallel_convolution: bool = False
+    """ViTAE's convolutions beside the attention of every block (ViTAEv2, section 3), with batch norm."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more compute for a fraction of the memory."""
 
@@ -71,6 +82,8 @@ class ViTConfig(Strict):
             values = {**preset, **values}
         if values.get("mlp_width") is None and isinstance(values.get("width"), int):
             values["mlp_width"] = 4 * values["width"]
+        if values.get("patch_padding") is None:
+            values["patch_padding"] = _centred(values.get("patch_size", 16), values.get("feature_ratio", 1))
         return values
 
     @model_validator(mode="after")
@@ -80,19 +93,60 @@ class ViTConfig(Strict):
                 raise ValueError(f"image {name} {side} is not a positive multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        self._check_padding()
+        if self.width % 4 and (self.positions == "fixed" or self.parallel_convolution):
+            raise ValueError(f"width {self.width} is not a multiple of 4, as fixed positions and convolutions need")
+        self._check_attention()
+        return self
+
+    def _check_padding(self) -> None:
+        """The convolution must give the grid: floor((side + 2 padding - patch) / stride) + 1 = side / stride."""
+        if self.patch_size % self.feature_ratio:
+            raise ValueError(f"patch_size {self.patch_size} is not a multiple of feature_ratio {self.feature_ratio}")
+        least = _least_padding(self.patch_size, self.feature_ratio)
+        if self.patch_padding < least:
+            raise ValueError(
+                f"patch_padding {self.patch_padding} gives fewer than {self.grid[0]} x {self.grid[1]} tokens: at least "
+                f"{least} with patch_size {self.patch_size} and feature_ratio {self.feature_ratio}"
+            )
         if 2 * self.patch_padding >= self.patch_size:
             raise ValueError(f"patch_padding {self.patch_padding} must be below half of patch_size {self.patch_size}")
-        return self
+
+    def _check_attention(self) -> None:
+        window, grid = self.attention.window, self.grid
+        if window is not None and (window[0] > grid[0] or window[1] > grid[1]):
+            raise ValueError(
+                f"attention.window {window[0]} x {window[1]} is larger than the map of {grid[0]} x {grid[1]} tokens "
+                "(image_size / patch_size x feature_ratio): use a smaller window"
+            )
+        if self.attention.global_blocks > self.depth:
+            raise ValueError(f"attention.global_blocks {self.attention.global_blocks} is more than depth {self.depth}")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        """Rows and columns of tokens."""
+        return self.image_size[0] // self.stride, self.image_size[1] // self.stride
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one patch to the next."""
+        return self.patch_size // self.feature_ratio
 
     @property
     def patches(self) -> int:
         """Number of patches in an image."""
         return self.grid[0] * self.grid[1]
+
+
+def _least_padding(patch: int, ratio: int) -> int:
+    """Half of what a patch reaches beyond its stride, rounded up."""
+    return -(-(patch - patch // ratio) // 2)
+
+
+def _centred(patch: Any, ratio: Any) -> int:
+    """ViTPose's padding: 2 at ratio 1; 4 at 2 and 6 at 4 for patches of 16, and the like for others."""
+    known = isinstance(patch, int) and isinstance(ratio, int) and ratio > 1
+    return _least_padding(patch, ratio) if known else 2
 
 
 SIMPLE_SCALE = 4
@@ -157,10 +211,15 @@ class MAEConfig(Strict):
     @field_validator("backbone", mode="before")
     @classmethod
     def _no_padding(cls, value: Any) -> Any:
-        return {"patch_padding": 0, **value} if isinstance(value, Mapping) else value
+        whole = isinstance(value, Mapping) and value.get("feature_ratio", 1) == 1
+        return {"patch_padding": 0, **value} if whole else value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        plain = ViTConfig.model_fields
+        for name in ("feature_ratio", "attention", "parallel_convolution"):
+            if getattr(self.backbone, name) != plain[name].default:
+                raise ValueError(f"the encoder of an MAE sees separate patches in no order: leave out backbone.{name}")
         if self.backbone.patch_padding or self.backbone.drop_path:
             raise ValueError("the encoder of an MAE has patch_padding 0 and drop_path 0")
         for name, width in (("backbone.width", self.backbone.width), ("decoder_width", self.decoder_width)):

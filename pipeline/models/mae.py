@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import ArtifactError
 from pipeline.models.config import MAEConfig
-from pipeline.models.vit import PatchEmbed, check_images, count, layer_norm, make_blocks, run_blocks
+from pipeline.models.vit import (
+    PatchEmbed,
+    check_images,
+    count,
+    layer_norm,
+    make_blocks,
+    run_blocks,
+    sincos_positions,
+)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
@@ -27,22 +35,6 @@ def unpatchify(patches: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     b, rows, columns = patches.shape[0], *grid
     cut = patches.reshape(b, rows, columns, patch, patch, -1)
     return cut.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * patch, columns * patch)
-
-
-def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sin-cos positions (1, 1 + N, width) float32 for any grid (rows, columns), patches row by row.
-
-    As in the public MAE: the first half of the channels encodes the column, the second the row, each as sines, then
-    cosines of width / 4 frequencies 10000 ** (-4 i / width). Slot 0, the class token's, is zero.
-    """
-    quarter = width // 4
-    cpu = torch.device("cpu")
-    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=cpu) / quarter)
-    rows, columns = (torch.arange(n, dtype=torch.float64, device=cpu) for n in grid)
-    row, column = torch.meshgrid(rows, columns, indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
-    patches = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
-    return torch.cat([torch.zeros_like(patches[:1]), patches]).unsqueeze(0).float()
 
 
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:

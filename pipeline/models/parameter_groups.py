@@ -6,7 +6,7 @@ the rules look at their shapes.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,7 +18,7 @@ def layer_decay_groups(model: PoseModel, lr: float, weight_decay: float, layer_d
 
     With n = depth + 2 layers, layer 0 is the patch and position embedding, layer i + 1 is block i, and layer n - 1 is
     the rest (last norm, decoders); lr_scale = layer_decay ** (n - 1 - layer). Frozen parameters are left out. No
-    weight decay for 1-D parameters, biases and the position embedding.
+    weight decay for 1-D parameters, biases, the position embedding and relative positions (Swin's code).
     """
     last = model.config.backbone.depth + 1
 
@@ -35,6 +35,21 @@ def plain_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return _group(module, weight_decay, lambda name: 1.0)
 
 
+def freeze(model: PoseModel, part: Literal["attention", "ffn"]) -> None:
+    """Partial finetuning (ViTPose, table 6), in place: the parameters that the public code freezes, and no others.
+
+    attention: every block's attention and first norm. ffn: positions, patch embedding, every block's MLP and second
+    norm; so the patch embedding still learns where attention is frozen, and last norm and decoders always do.
+    """
+    backbone = model.backbone
+    for block in backbone.blocks:
+        for module in (block.attn, block.norm1) if part == "attention" else (block.mlp, block.norm2):
+            module.requires_grad_(False)
+    if part == "ffn":
+        backbone.patch_embed.requires_grad_(False)
+        backbone.pos_embed.requires_grad_(False)
+
+
 def _layer(name: str, last: int) -> int:
     if name == "backbone.pos_embed" or name.startswith("backbone.patch_embed."):
         return 0
@@ -48,7 +63,8 @@ def _group(module: nn.Module, weight_decay: float, lr_scale: Callable[[str], flo
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim == 1 or name.endswith(".bias") or "pos_embed" in name
+        positions = "pos_embed" in name or name.endswith("relative_positions")
+        plain = parameter.ndim == 1 or name.endswith(".bias") or positions
         key = lr_scale(name), 0.0 if plain else weight_decay
         empty = {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}
         group = groups.setdefault(key, empty)

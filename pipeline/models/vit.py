@@ -1,5 +1,6 @@
 """The plain vision transformer backbone of ViTPose (section 3.1), made of timm's blocks."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,7 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.errors import DataError
+from pipeline.models.attention import WindowAttention, Windows
 from pipeline.models.config import ViTConfig
+from pipeline.models.parallel_convolution import ParallelBlock, ParallelConvolution
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -35,7 +38,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.image_size = config.image_size
         size, padding = config.patch_size, config.patch_padding
-        self.proj = PatchConv(3, config.width, size, stride=size, padding=padding)
+        self.proj = PatchConv(3, config.width, size, stride=config.stride, padding=padding)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, C), row by row. Raises DataError for another image size."""
@@ -56,16 +59,37 @@ def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
 def make_blocks(width: int, depth: int, heads: int, mlp_width: int, drop_path: float = 0.0) -> nn.ModuleList:
     """Pre-norm blocks with qkv bias, exact GELU, LayerNorm eps 1e-6 and linearly growing stochastic depth."""
     return nn.ModuleList(
-        Block(
-            width,
-            heads,
-            # timm truncates width * ratio; the half keeps it at mlp_width whatever the rounding of the quotient.
-            mlp_ratio=(mlp_width + 0.5) / width,
-            qkv_bias=True,
-            drop_path=drop_path * index / max(depth - 1, 1),
-            norm_layer=layer_norm,
-        )
-        for index in range(depth)
+        _make_block(Block, width, heads, mlp_width, drop_path * index / max(depth - 1, 1)) for index in range(depth)
+    )
+
+
+def make_grid_blocks(config: ViTConfig) -> nn.ModuleList:
+    """The same for patches on a grid, with the configured attention and convolutions."""
+    kind = partial(ParallelBlock, grid=config.grid) if config.parallel_convolution else Block
+    rates = [config.drop_path * index / max(config.depth - 1, 1) for index in range(config.depth)]
+    blocks = nn.ModuleList(_make_block(kind, config.width, config.heads, config.mlp_width, rate) for rate in rates)
+    attention = config.attention
+    partitions: dict[tuple[tuple[int, int], bool], Windows] = {}
+    for index, block in enumerate(blocks):
+        window = attention.window_of(index, config.depth)
+        if window is None and not attention.relative_positions:
+            continue  # full attention stays timm's
+        key = window or config.grid, attention.is_shifted(index, config.depth)
+        windows = partitions.setdefault(key, Windows(config.grid, *key))
+        pool = attention.pool and window is not None
+        block.attn = WindowAttention(config.width, config.heads, windows, pool, attention.relative_positions)
+    return blocks
+
+
+def _make_block(kind: Callable[..., Block], width: int, heads: int, mlp_width: int, drop_path: float) -> Block:
+    return kind(
+        width,
+        heads,
+        # timm truncates width * ratio; the half keeps it at mlp_width whatever the rounding of the quotient.
+        mlp_ratio=(mlp_width + 0.5) / width,
+        qkv_bias=True,
+        drop_path=drop_path,
+        norm_layer=layer_norm,
     )
 
 
@@ -73,7 +97,8 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor, gradient_checkpointing: bo
     """Tokens (B, N, C) through all blocks; with checkpointing only each block's input is kept for backward."""
     for block in blocks:
         if gradient_checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False)
+            contexts = {"context_fn": block.checkpoint_contexts} if isinstance(block, ParallelBlock) else {}
+            tokens = checkpoint(block, tokens, use_reentrant=False, **contexts)
         else:
             tokens = block(tokens)
     return tokens
@@ -90,15 +115,19 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.patches, config.width))
-        self.blocks = make_blocks(config.width, config.depth, config.heads, config.mlp_width, config.drop_path)
+        learned = config.positions == "learned"
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.patches, config.width), requires_grad=learned)
+        self.blocks = make_grid_blocks(config)
         self.last_norm = layer_norm(config.width)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise in place as ViTPose does from scratch: normal(0.02) truncated at +-2, zero biases; the patch
-        convolution as torch does."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        convolution as torch does. Fixed positions are sines and cosines."""
+        if self.config.positions == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        else:
+            self.pos_embed.copy_(sincos_positions(self.config.width, self.config.grid)[:, 1:])
         self.patch_embed.proj.reset_parameters()
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -106,6 +135,8 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+            elif isinstance(module, WindowAttention | ParallelConvolution):
+                module.init_weights()
 
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Normalised images (B, 3, H, W) to features (B, C, Hp, Wp).
@@ -119,6 +150,22 @@ class ViT(nn.Module):
         x = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
         x = self.last_norm(x[:, : self.config.patches])
         return x.transpose(1, 2).reshape(x.shape[0], self.config.width, *self.config.grid)
+
+
+def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sin-cos positions (1, 1 + N, width) float32 for any grid (rows, columns), patches row by row.
+
+    As in the public MAE: the first half of the channels encodes the column, the second the row, each as sines, then
+    cosines of width / 4 frequencies 10000 ** (-4 i / width). Slot 0, the class token's, is zero.
+    """
+    quarter = width // 4
+    cpu = torch.device("cpu")
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=cpu) / quarter)
+    rows, columns = (torch.arange(n, dtype=torch.float64, device=cpu) for n in grid)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (column, row)]
+    patches = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros_like(patches[:1]), patches]).unsqueeze(0).float()
 
 
 def interpolate_positions(positions: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:

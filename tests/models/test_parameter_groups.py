@@ -4,7 +4,7 @@ from torch import nn
 
 from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.mae import MAE
-from pipeline.models.parameter_groups import layer_decay_groups, plain_groups
+from pipeline.models.parameter_groups import freeze, layer_decay_groups, plain_groups
 from pipeline.models.pose import PoseModel
 
 
@@ -52,6 +52,29 @@ def test_groups_hold_each_parameter_once_and_merge_equal_rules() -> None:
     assert len(flat) == len(named) and all(named[name] is p for name, p in flat)
     assert len({(group["lr_scale"], group["weight_decay"]) for group in groups}) == len(groups) == 2 * (4 + 2)
     assert "knowledge_token" not in named
+
+
+@pytest.mark.parametrize(
+    "part, of_blocks, others",
+    [
+        ("attention", ("attn.", "norm1."), ()),
+        ("ffn", ("mlp.", "norm2."), ("backbone.pos_embed", "backbone.patch_embed.")),
+    ],
+)
+def test_partial_finetuning_freezes_what_the_public_code_freezes(
+    part: str, of_blocks: tuple[str, ...], others: tuple[str, ...]
+) -> None:
+    model = pose("tiny", backbone={"size": "tiny", "parallel_convolution": True, "attention": {"window": (4, 4)}})
+    freeze(model, part)
+    for name, parameter in model.named_parameters():
+        inside = name.startswith("backbone.blocks.") and name.split(".", 3)[3].startswith(of_blocks)
+        assert parameter.requires_grad != (inside or (bool(others) and name.startswith(others))), name
+
+
+def test_relative_positions_do_not_decay() -> None:
+    backbone = {"size": "micro", "attention": {"window": (8, 8), "relative_positions": True}}
+    decays = by_name(layer_decay_groups(pose("micro", backbone=backbone), 1e-3, 0.1, 0.75), "weight_decay")
+    assert decays["backbone.blocks.0.attn.relative_positions"] == 0.0 != decays["backbone.blocks.0.attn.qkv.weight"]
 
 
 def test_frozen_parameters_belong_to_no_group() -> None:

@@ -2,13 +2,14 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipeline.errors import DataError
-from pipeline.models.config import ViTConfig
+from pipeline.models.config import MAEConfig, ViTConfig
 from pipeline.models.mae import patchify
-from pipeline.models.vit import ViT, interpolate_positions
+from pipeline.models.vit import PatchEmbed, ViT, interpolate_positions, sincos_positions
 
 
 def small(**values: object) -> ViTConfig:
@@ -43,6 +44,77 @@ def test_equals_timms_vision_transformer_with_the_same_weights() -> None:
     timm.load_state_dict(weights, strict=True)
     expected = timm(images()).transpose(1, 2).reshape(2, 32, 6, 4)
     torch.testing.assert_close(model(images()), expected, rtol=1e-6, atol=1e-6)
+
+
+def randomise(module: nn.Module) -> None:
+    """Every parameter and running statistic away from its start."""
+    generator = torch.Generator().manual_seed(11)
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5 + 0.05)
+            tensor.sub_(0.3 if tensor.ndim > 1 else 0.0)
+
+
+def test_equals_timm_with_every_tensor_random_and_a_padding_of_two() -> None:
+    model = ViT(ViTConfig(size="tiny", image_size=(256, 192), depth=2)).eval()
+    randomise(model)
+    timm = VisionTransformer(
+        img_size=(256, 192), embed_dim=128, depth=2, num_heads=4, class_token=False, global_pool="", num_classes=0
+    )
+    timm.patch_embed.proj.padding = (2, 2)
+    weights = {name.replace("last_norm", "norm"): value for name, value in model.state_dict().items()}
+    timm.load_state_dict(weights, strict=True)
+    pictures = torch.randn(2, 3, 256, 192)
+    found, expected = model(pictures), timm.eval()(pictures).transpose(1, 2).reshape(2, 128, 16, 12)
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("resolution", [(224, 224), (256, 192), (256, 256), (384, 288), (384, 384), (576, 432)])
+@pytest.mark.parametrize("ratio, padding", [(1, 2), (2, 4), (4, 6)])
+def test_the_papers_resolutions_and_feature_ratios_give_the_exact_grid(
+    resolution: tuple[int, int], ratio: int, padding: int
+) -> None:
+    config = ViTConfig(size="micro", width=8, depth=1, image_size=resolution, feature_ratio=ratio)
+    assert config.patch_padding == padding
+    assert config.grid == tuple(side // 16 * ratio for side in resolution)
+    with torch.device("meta"):
+        convolved = PatchEmbed(config).proj(torch.empty(1, 3, *resolution))
+        assert ViT(config).pos_embed.shape == (1, config.patches, 8)
+    assert convolved.shape[2:] == config.grid
+
+
+@pytest.mark.parametrize("ratio, padding", [(1, 2), (2, 2), (4, 3)])
+def test_other_patch_sizes_are_padded_so_that_patches_are_centred(ratio: int, padding: int) -> None:
+    config = small(feature_ratio=ratio)
+    assert config.patch_padding == padding
+    assert ViT(config)(images()).shape == (2, 32, 6 * ratio, 4 * ratio)
+
+
+@pytest.mark.parametrize(
+    "values, complaint",
+    [
+        ({"feature_ratio": 2, "patch_padding": 1}, "patch_padding 1 gives fewer than 12 x 8 tokens: at least 2"),
+        ({"feature_ratio": 2, "patch_padding": 4}, "patch_padding 4 must be below half of patch_size 8"),
+        ({"feature_ratio": 4, "patch_size": 2}, "patch_size 2 is not a multiple of feature_ratio 4"),
+        ({"positions": "fixed", "width": 6}, "width 6 is not a multiple of 4"),
+    ],
+)
+def test_a_patch_convolution_that_misses_the_grid_is_refused(values: dict, complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        small(**values)
+
+
+def test_an_autoencoder_takes_no_overlapping_patches_windows_or_convolutions() -> None:
+    for values in ({"feature_ratio": 2}, {"attention": {"window": (2, 2)}}, {"parallel_convolution": True}):
+        with pytest.raises(ValidationError, match=f"leave out backbone.{next(iter(values))}"):
+            MAEConfig(backbone={"size": "micro", "image_size": (64, 48), **values}, decoder_width=16, decoder_heads=2)
+
+
+def test_fixed_positions_are_sines_that_do_not_learn() -> None:
+    model = build(positions="fixed")
+    assert torch.equal(model.pos_embed, sincos_positions(32, (6, 4))[:, 1:])
+    assert not model.pos_embed.requires_grad
+    assert model.state_dict().keys() == build().state_dict().keys()
 
 
 def test_padding_two_moves_patches_by_two_pixels() -> None:

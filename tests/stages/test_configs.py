@@ -46,6 +46,12 @@ def refused(kind: str, changes: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_what_was_never_trained_is_not_frozen() -> None:
+    assert "freeze: attention would freeze random weights" in refused("finetune", {"freeze": "attention"})
+    assert "freeze" in refused("finetune", {"freeze": "heads", "inputs.init": "mae"})
+    assert config("finetune", {"freeze": "ffn", "inputs.init": "mae"}).freeze == "ffn"
+
+
 def test_every_kind_has_a_file_with_config_and_run() -> None:
     assert set(KINDS) == set(VALID) and len(KINDS) == len(VALID)
     for kind in KINDS:
