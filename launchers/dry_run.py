@@ -8,10 +8,10 @@ from pipeline.config import PipelineConfig
 from pipeline.data.collection import open_shards
 from pipeline.data.definitions import load_definition
 from pipeline.memory import estimate
+from pipeline.models.backbones import count_parameters
 from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.mae import describe as describe_mae
 from pipeline.models.pose import describe as describe_pose
-from pipeline.models.vit import count_parameters
 from pipeline.recipe import TrainingConfig, split_batch
 
 

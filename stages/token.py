@@ -10,8 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipeline.config import PipelineConfig
 from pipeline.context import Context
 from pipeline.data.augmentation import PoseAugmentation
+from pipeline.errors import ConfigError
+from pipeline.models.config import PoseConfig
 from pipeline.recipe import TrainingConfig
 from pipeline.strict import Strict
 
@@ -38,6 +41,15 @@ class Config(TrainingConfig):
     measured_batches: int = Field(16, ge=1)
     """Batches, without augmentation, on which the loss before and after is measured."""
 
+    def check(self, pipeline: PipelineConfig) -> None:
+        """The teacher takes tokens, as far as a stage of this pipeline makes it."""
+        model = getattr(pipeline.stages.get(self.inputs.teacher), "model", None)
+        if isinstance(model, PoseConfig) and not model.backbone.takes_tokens:
+            raise ConfigError(f"inputs.teacher: {_NO_TOKENS.format(kind=model.backbone.kind)}")
+
+
+_NO_TOKENS = "a {kind} takes no knowledge token; the teacher must be a ViT"
+
 
 def run(context: Context, config: Config) -> None:
     """Collective. Fits the token and publishes it."""
@@ -51,6 +63,8 @@ def run(context: Context, config: Config) -> None:
 
     artifact = context.artifact("teacher")
     teacher, spec = load_pose(artifact)
+    if not spec.config.backbone.takes_tokens:
+        raise ConfigError(f"inputs.teacher: {_NO_TOKENS.format(kind=spec.config.backbone.kind)}")
     input_hw = spec.config.backbone.image_size
     collection = open_shards(context.artifact("shards"), input_hw, context.sample_cache)
     collection.require_same(spec.datasets, "the teacher")
