@@ -44,11 +44,15 @@ class Config(TrainingConfig):
     def check(self, pipeline: PipelineConfig) -> None:
         """The teacher takes tokens, as far as a stage of this pipeline makes it."""
         model = getattr(pipeline.stages.get(self.inputs.teacher), "model", None)
-        if isinstance(model, PoseConfig) and not model.backbone.takes_tokens:
-            raise ConfigError(f"inputs.teacher: {_NO_TOKENS.format(kind=model.backbone.kind)}")
+        if isinstance(model, PoseConfig):
+            _require_tokens(model)
 
 
-_NO_TOKENS = "a {kind} takes no knowledge token; the teacher must be a ViT"
+def _require_tokens(teacher: PoseConfig) -> None:
+    if not teacher.backbone.takes_tokens:
+        raise ConfigError(
+            f"inputs.teacher: a {teacher.backbone.kind} takes no knowledge token; the teacher must be a ViT"
+        )
 
 
 def run(context: Context, config: Config) -> None:
@@ -57,14 +61,15 @@ def run(context: Context, config: Config) -> None:
 
     from pipeline.data.collection import open_shards
     from pipeline.data.loader import PoseView
-    from pipeline.models.loading import TokenSpec, load_pose, save_model
+    from pipeline.models.loading import PoseSpec, TokenSpec, load_pose, read_spec, save_model
     from pipeline.objectives import TokenObjective
     from pipeline.training import mean_loss, state_digest, train
 
     artifact = context.artifact("teacher")
+    described = read_spec(artifact)
+    if isinstance(described, PoseSpec):
+        _require_tokens(described.config)
     teacher, spec = load_pose(artifact)
-    if not spec.config.backbone.takes_tokens:
-        raise ConfigError(f"inputs.teacher: {_NO_TOKENS.format(kind=spec.config.backbone.kind)}")
     input_hw = spec.config.backbone.image_size
     collection = open_shards(context.artifact("shards"), input_hw, context.sample_cache)
     collection.require_same(spec.datasets, "the teacher")

@@ -78,9 +78,10 @@ def predict(
 ) -> list[Prediction]:
     """Keypoints of every request, in their order. Collective where a world of several ranks is given.
 
-    model: a pose model or an ensemble. decoder: the dataset whose decoder is used; the definition's own unless given (OCHuman: COCO's). Who is in an image
-    that can't be read is left out, with a warning, and so counts as not found; raises DataError where these are more than
-    `max_bad_fraction` of the requests. tick is called once a batch and may raise, on all ranks.
+    model: a pose model or an ensemble. decoder: the dataset whose decoder is used; the definition's own unless given
+    (OCHuman: COCO's). Who is in an image that can't be read is left out, with a warning, and so counts as not found;
+    raises DataError where these are more than `max_bad_fraction` of the requests. tick is called once a batch and may
+    raise, on all ranks.
     """
     world = world or World(0, 0, 1, next(model.parameters()).device)
     name = decoder or definition.name
