@@ -39,7 +39,20 @@ def test_the_command_measures_what_it_is_asked_for_and_says_what_it_left_out(
     entries = (Entry("one", MICRO, 75.8, "a paper", 944), Entry("two", MICRO, None, "none"))
     monkeypatch.setattr(models, "MODELS", entries)
     out = tmp_path / "table.json"
-    options = ["--device", "cpu", "--batch", "2", "--seconds", "0.05", "--only", "one", "--note", "Shared."]
+    options = [
+        "--device",
+        "cpu",
+        "--batch",
+        "2",
+        "--seconds",
+        "0.05",
+        "--only",
+        "one",
+        "--note",
+        "Shared.",
+        "--clock",
+        "cpu",
+    ]
     assert models.main([*options, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     one, two = result["rows"]
@@ -47,8 +60,14 @@ def test_the_command_measures_what_it_is_asked_for_and_says_what_it_left_out(
     assert two["throughput"] is None and two["parameters"] == one["parameters"] > 0
     page = out.with_suffix(".md").read_text()
     assert page.strip() == capsys.readouterr().out.strip()
-    assert "| `two` |" in page and "| not run | - | - | none |" in page and "Shared." in page and "batch 2" in page
-    for wrong in (["--only", "three"], ["--batch", "0"]):
+    assert (
+        "| `two` |" in page
+        and "| not run | - | - | none |" in page
+        and "Shared." in page
+        and "batch 2" in page
+        and "CPU seconds" in page
+    )
+    for wrong in (["--only", "three"], ["--batch", "0"], ["--device", "cuda", "--clock", "cpu"]):
         with pytest.raises(SystemExit):
             models.main(wrong)
 
@@ -56,7 +75,7 @@ def test_the_command_measures_what_it_is_asked_for_and_says_what_it_left_out(
 def test_a_median_of_repeats_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     took = iter([3.0, 1.0, 8.0, 4.0, 2.0, 5.0, 16.0])
-    monkeypatch.setattr(models, "_seconds", lambda model, images, batches: asked.append(batches) or next(took))
+    monkeypatch.setattr(models, "_seconds", lambda model, images, batches, clock: asked.append(batches) or next(took))
     found = models.throughput(MICRO, torch.device("cpu"), batch=2, seconds=20.0)
     assert asked == [1, 1, 4, 4, 4, 4, 4]  # 20 s over 5 repeats of batches that take a second
     assert found == {"median": 8 / 5, "least": 8 / 16, "most": 8 / 2, "batches": 20}
