@@ -12,13 +12,13 @@ from pipeline.data.collection import open_shards
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ConfigError
 from pipeline.memory import estimate
-from pipeline.models.config import MAEConfig, PoseConfig
+from pipeline.models.backbones import count_parameters
+from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
 from pipeline.models.cost import mae_cost, pose_cost
 from pipeline.models.mae import describe as describe_mae
 from pipeline.models.parameter_groups import freeze
 from pipeline.models.pose import PoseModel
 from pipeline.models.pose import describe as describe_pose
-from pipeline.models.vit import count_parameters
 from pipeline.recipe import TrainingConfig, split_batch
 
 ZERO_STAGES = (1, 2, 3)
@@ -120,7 +120,8 @@ class _Model:
 
 def _frozen(config: PoseConfig, keypoints: dict[str, int], part: Literal["attention", "ffn"] | None) -> int:
     """Parameters that don't train."""
-    if part is None and config.backbone.positions == "learned":
+    fixed = isinstance(config.backbone, ViTConfig) and config.backbone.positions == "fixed"
+    if part is None and not fixed:
         return 0
     with torch.device("meta"):
         model = PoseModel(config, keypoints)

@@ -81,7 +81,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list
     lines = []
     mistakes = error.errors()
     for item in mistakes[:_MOST_LINES]:
-        where = ".".join([prefix] * bool(prefix) + [_named(part) for part in item["loc"]]) or "(top)"
+        keys = [_named(part) for part in _walk(model, item["loc"])[0]]
+        where = ".".join([prefix] * bool(prefix) + keys) or "(top)"
         if item["type"] == "extra_forbidden":
             known = sorted(_fields_at(model, item["loc"][:-1]))
             lines.append(f"{where}: unknown key{did_you_mean(str(item['loc'][-1]), known)}")
@@ -235,14 +236,30 @@ def _check_references(source: str, pipeline: PipelineConfig) -> None:
 
 def _fields_at(model: Any, loc: Sequence[Any]) -> set[str]:
     """Field names of the section that `loc` leads to, through nested models, optionals, lists and mappings."""
+    return {name for candidate in _walk(model, loc)[1] for name in candidate.model_fields}
+
+
+def _walk(model: Any, loc: Sequence[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
+    """The keys on the way to `loc`, and the sections that may be there.
+
+    pydantic puts in the `kind` by which it told the sections of a union apart; that is no key.
+    """
+    keys: list[Any] = []
     candidates = _models_in(model)
     for part in loc:
-        following: list[type[BaseModel]] = []
-        for candidate in candidates:
-            field = candidate.model_fields.get(str(part))
-            following += _models_in(field.annotation) if field else []
-        candidates = following or candidates
-    return {name for candidate in candidates for name in candidate.model_fields}
+        of_kind = [one for one in candidates if _kinds(one) == (part,)]
+        if len(candidates) > 1 and of_kind:
+            candidates = of_kind
+            continue
+        keys.append(part)
+        fields = [candidate.model_fields.get(str(part)) for candidate in candidates]
+        candidates = [inner for field in fields if field for inner in _models_in(field.annotation)] or candidates
+    return keys, candidates
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    field = model.model_fields.get("kind")
+    return typing.get_args(field.annotation) if field else ()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

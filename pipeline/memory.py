@@ -1,8 +1,9 @@
 """How much memory a training stage needs per process: states by ZeRO stage, activations by a formula."""
 
 from pipeline.config import EngineConfig
-from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import BackboneConfig, MAEConfig, PoseConfig, ViTConfig
 from pipeline.models.cost import attended
+from pipeline.models.resnet_config import ResNetConfig
 
 _OVERHEAD = 1.12
 """Between the formula and the peak memory in ViTPose's published training logs (B, L and H within 3 %)."""
@@ -25,22 +26,21 @@ def estimate(
     """
     element = 2 if engine.precision == "bf16" else 4
     backbone = model.backbone
-    tokens = backbone.patches
     if isinstance(model, MAEConfig):
         decoder = ViTConfig(
-            image_size=backbone.image_size,
-            patch_size=backbone.patch_size,
+            image_size=model.backbone.image_size,
+            patch_size=model.backbone.patch_size,
             width=model.decoder_width,
             depth=model.decoder_depth,
             heads=model.decoder_heads,
             patch_padding=0,
         )
-        activations = _blocks(backbone, model.visible + 1, element, materialised)
-        activations += _blocks(decoder, tokens + 1, element, materialised)
+        activations = _blocks(model.backbone, model.visible + 1, element, materialised)
+        activations += _blocks(decoder, model.backbone.patches + 1, element, materialised)
     else:
         height, width = model.heatmap_size
         filters = model.decoder.filters if model.decoder.kind == "classic" else backbone.width
-        activations = _blocks(backbone, tokens, element, materialised) + 3 * element * filters * height * width * 1.25
+        activations = _backbone(backbone, element, materialised) + 3 * element * filters * height * width * 1.25
     return _OVERHEAD * (states(parameters, processes, engine.zero_stage, frozen) + micro_batch * activations)
 
 
@@ -49,6 +49,27 @@ def states(parameters: int, processes: int, zero_stage: int, frozen: int = 0) ->
     sharded = {0: 0, 1: 8, 2: 12, 3: 16}[zero_stage]
     still = frozen * 4 / (processes if zero_stage == 3 else 1)
     return still + (parameters - frozen) * ((16 - sharded) + sharded / processes)
+
+
+def _backbone(config: BackboneConfig, element: int, materialised: bool) -> float:
+    """Bytes that a sample's forward through the backbone keeps for the backward."""
+    if isinstance(config, ResNetConfig):
+        return element * _resnet(config)
+    return _blocks(config, config.patches, element, materialised)
+
+
+def _resnet(config: ResNetConfig) -> int:
+    """Elements that a sample's forward keeps: what enters each convolution, batch norm and ReLU, which is in place."""
+    height, width = config.image_size
+    pixels = height * width
+    kept = 3 * pixels + 2 * 64 * pixels // 4 + 3 * 64 * pixels // 16  # the image, the stem, max pooling and its indices
+    for stage, blocks in enumerate(config.bottlenecks):
+        narrow, area = 64 * 2**stage, pixels // 16 // 4**stage
+        for block in range(blocks):
+            # The stride is in the second convolution: the first still works on the larger map.
+            first = 4 * area if stage and not block else area
+            kept += 2 * narrow * (first + area) + 2 * 4 * narrow * area + (not block) * 4 * narrow * area
+    return kept
 
 
 def _blocks(config: ViTConfig, tokens: int, element: int, materialised: bool) -> float:

@@ -18,7 +18,17 @@ from pipeline.distributed import autocast
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score
-from pipeline.models.loading import MAESpec, PoseSpec, load_pose, read_spec, read_tensors, require_fit, save_model
+from pipeline.models.loading import (
+    MAESpec,
+    PoseSpec,
+    Spec,
+    TokenSpec,
+    load_pose,
+    read_spec,
+    read_tensors,
+    require_fit,
+    save_model,
+)
 from pipeline.models.mae import backbone_state
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
@@ -99,7 +109,7 @@ class PoseSetup:
         backbone = self.spec.config.backbone
         return {
             **self.collection.about(),
-            "backbone": f"width {backbone.width}, depth {backbone.depth}, patch {backbone.patch_size}",
+            "backbone": backbone.summary,
             "input": "x".join(map(str, backbone.image_size)),
         }
 
@@ -140,6 +150,7 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     not fit.
     """
     spec = read_spec(artifact)
+    _require_kind(model, spec, artifact)
     if isinstance(spec, MAESpec):
         state, dropped = backbone_state(read_tensors(artifact))
         grid = spec.config.backbone.grid
@@ -161,6 +172,13 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     logger.info(
         "backbone from %s; fresh: %s; left out: %s", artifact.path, fresh or "nothing", len(dropped) or "nothing"
     )
+
+
+def _require_kind(model: PoseModel, spec: Spec, artifact: Artifact) -> None:
+    """Raises ArtifactError for another kind of backbone, whose tensors can't fit."""
+    own, found = model.config.backbone.kind, spec.config.backbone.kind if not isinstance(spec, TokenSpec) else None
+    if found not in (own, None):
+        raise ArtifactError(f"{artifact.path}: a {found} can't initialise a {own}; train from scratch or take another")
 
 
 def _take_decoders(model: PoseModel, source: PoseModel, spec: PoseSpec) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,9 +19,16 @@ class Predictor:
     """A pose model with everything around it: `Predictor(artifact)(image, boxes)`."""
 
     def __init__(
-        self, artifact: str | Path | Artifact, dataset: str | None = None, *, device: str = "cpu", flip: bool = True
+        self,
+        artifact: str | Path | Artifact,
+        dataset: str | None = None,
+        *,
+        device: str = "cpu",
+        flip: bool = True,
+        border: Literal["reference", "exact"] = "reference",
     ) -> None:
         """artifact: the folder of a pose model. dataset: whose decoder; unset: COCO's where there is one, else the first.
+        border: how points near the window's border are decoded (`CodecConfig.border`).
 
         Raises ArtifactError, or ConfigError if the model has no such decoder.
         """
@@ -31,6 +39,7 @@ class Predictor:
         if name not in self.spec.datasets:
             raise ConfigError(f"the model has no decoder for {name!r}; it has {', '.join(self.spec.datasets)}")
         self.definition: DatasetDefinition = self.spec.datasets[name]
+        self.codec = self.spec.codec.model_copy(update={"border": border})
         self.flip = flip
 
     def __call__(self, image: np.ndarray, boxes: Sequence[Sequence[float]]) -> np.ndarray:
@@ -40,7 +49,7 @@ class Predictor:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             raise ConfigError(f"expected a uint8 RGB image (H, W, 3), found {image.dtype} {image.shape}")
-        height, width = self.spec.codec.input_size
+        height, width = self.codec.input_size
         requests = []
         for index, box in enumerate(boxes):
             if len(box) != 4 or not np.isfinite(box).all() or box[2] <= 0 or box[3] <= 0:
@@ -49,5 +58,5 @@ class Predictor:
             requests.append(Request(image, None, 0, index, window, 1.0))
         if not requests:
             return np.zeros((0, self.definition.num_keypoints, 3))
-        predictions = predict(self.model, self.definition, requests, self.spec.codec, flip=self.flip)
+        predictions = predict(self.model, self.definition, requests, self.codec, flip=self.flip)
         return np.stack([prediction.keypoints for prediction in predictions])

@@ -191,6 +191,13 @@ class PoseTrainingConfig(TrainingConfig):
     """Publish the last weights, or those of the best evaluation (which flatters on the split that chose them)."""
 
     @model_validator(mode="after")
+    def _layer_decay_needs_blocks(self) -> "PoseTrainingConfig":
+        backbone = self.model.backbone
+        if self.optimizer.layer_decay != 1 and not backbone.decay_blocks:
+            raise ValueError(f"optimizer.layer_decay is of ViTs; leave it out for a {backbone.kind}")
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_is_possible(self) -> "PoseTrainingConfig":
         if self.keep == "best" and self.evaluation is None:
             raise ValueError("keep: best needs an evaluation")

@@ -20,6 +20,14 @@ class _NotInFingerprint:
 NotInFingerprint = _NotInFingerprint()
 
 
+class _AddedLater:
+    """Marks a field that is younger than its section: at its default, which means what was before, it stays out of the
+    fingerprint, so that finished runs stay finished."""
+
+
+AddedLater = _AddedLater()
+
+
 def fingerprint_view(config: BaseModel) -> dict[str, Any]:
     """The part of a section that changes the result, as plain data."""
     view: dict[str, Any] = {}
@@ -27,6 +35,9 @@ def fingerprint_view(config: BaseModel) -> dict[str, Any]:
         if any(isinstance(mark, _NotInFingerprint) for mark in field.metadata) or name in ("description", "inputs"):
             continue
         value = getattr(config, name)
+        later = any(isinstance(mark, _AddedLater) for mark in field.metadata)
+        if later and value == field.get_default(call_default_factory=True):
+            continue
         view[name] = fingerprint_view(value) if isinstance(value, BaseModel) else _plain(value)
     return view
 

@@ -57,6 +57,10 @@ class Config(PoseTrainingConfig):
             raise ValueError("distillation needs inputs.teacher")
         if self.distillation.token != bool(self.inputs.token):
             raise ValueError("distillation.token and inputs.token go together")
+        if self.distillation.token and not self.model.backbone.takes_tokens:
+            raise ValueError(
+                f"distillation.token: a {self.model.backbone.kind} takes no token; the student must be a ViT"
+            )
         if self.model.knowledge_tokens:
             raise ValueError("model.knowledge_tokens is set by the token, leave it out")
         return self

@@ -4,6 +4,7 @@ Reads pose models and raw data. Writes `table.json`, metrics with bootstrap inte
 and random predictions, and results files as the COCO server wants them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +14,11 @@ from pipeline.config import StageConfig
 from pipeline.context import Context
 from pipeline.data.definitions import DatasetSource
 from pipeline.files import write_json
-from pipeline.strict import NotInFingerprint, Strict
+from pipeline.strict import AddedLater, NotInFingerprint, Strict
 
 Boxes = Literal["ground_truth", "detector"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Members = Annotated[list[str], Field(min_length=2)]
 
 
 class Inputs(Strict):
@@ -23,7 +26,7 @@ class Inputs(Strict):
 
     data: str
     """Raw datasets: a stage that makes them, or a folder."""
-    models: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str] = Field(min_length=1)
+    models: dict[Name, str] = Field(min_length=1)
     """Pose models by the name that the table gives them."""
 
 
@@ -45,17 +48,31 @@ class Config(StageConfig):
     """Share of people whose image can't be read at which the stage stops; below it they count as not found."""
     bootstrap: int = Field(1000, ge=0)
     """Resamplings of the images for 95 % intervals; 0 is none."""
+    averages: Annotated[dict[Name, Members], AddedLater] = {}
+    """More models, by name: each the mean of the weights of several of inputs.models, batch-norm statistics included."""
+    ensembles: Annotated[dict[Name, Members], AddedLater] = {}
+    """More models, by name: each the mean of the heatmaps of several of inputs.models and averages."""
+    border: Annotated[Literal["reference", "exact"], AddedLater] = "reference"
+    """Decoding near the border: as published results are decoded, up to 1.4 heatmap pixels off there, or exact."""
     compare: list[tuple[str, str]] = []
-    """Pairs of models whose difference gets an interval of its own."""
+    """Pairs of models whose difference gets an interval of its own; averages and ensembles count."""
     pictures: Annotated[int, NotInFingerprint] = Field(8, ge=0)
     """People per picture of best, worst and random predictions."""
 
     @model_validator(mode="after")
-    def _pairs_are_models(self) -> "Config":
+    def _names_are_of_models(self) -> "Config":
+        known = list(self.inputs.models)
+        # In this order nothing can be made of itself.
+        for label, combinations in (("averages", self.averages), ("ensembles", self.ensembles)):
+            for name, members in combinations.items():
+                if name in known:
+                    raise ValueError(f"{label}: there is a model {name!r} already; choose another name")
+                if len(set(members)) < len(members):
+                    raise ValueError(f"{label}.{name}: names a model twice")
+                _require_known(f"{label}.{name}", members, known)
+            known += combinations
         for pair in self.compare:
-            for name in pair:
-                if name not in self.inputs.models:
-                    raise ValueError(f"compare: no model {name!r} among {', '.join(self.inputs.models)}")
+            _require_known("compare", pair, known)
         return self
 
     def sources(self) -> list[DatasetSource]:
@@ -63,14 +80,21 @@ class Config(StageConfig):
         return self.datasets
 
 
+def _require_known(where: str, names: Sequence[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}: no model {name!r} among {', '.join(known)}")
+
+
 def run(context: Context, config: Config) -> None:
     """Evaluates every model on every split and publishes."""
+    from pipeline.evaluation.model_set import ModelSet
     from pipeline.evaluation.report import EvaluationReport
 
+    artifacts = {name: context.artifact(f"models.{name}") for name in config.inputs.models}
     report = EvaluationReport(
         root=context.data_root(),
-        models={name: context.artifact(f"models.{name}") for name in config.inputs.models},
-        device=context.world.device,
+        models=ModelSet(artifacts, config.averages, config.ensembles, context.world.device, config.border),
         flip=config.flip,
         batch_size=config.batch_size,
         bootstrap=config.bootstrap,

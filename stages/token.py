@@ -10,8 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipeline.config import PipelineConfig
 from pipeline.context import Context
 from pipeline.data.augmentation import PoseAugmentation
+from pipeline.errors import ConfigError
+from pipeline.models.config import PoseConfig
 from pipeline.recipe import TrainingConfig
 from pipeline.strict import Strict
 
@@ -38,6 +41,19 @@ class Config(TrainingConfig):
     measured_batches: int = Field(16, ge=1)
     """Batches, without augmentation, on which the loss before and after is measured."""
 
+    def check(self, pipeline: PipelineConfig) -> None:
+        """The teacher takes tokens, as far as a stage of this pipeline makes it."""
+        model = getattr(pipeline.stages.get(self.inputs.teacher), "model", None)
+        if isinstance(model, PoseConfig):
+            _require_tokens(model)
+
+
+def _require_tokens(teacher: PoseConfig) -> None:
+    if not teacher.backbone.takes_tokens:
+        raise ConfigError(
+            f"inputs.teacher: a {teacher.backbone.kind} takes no knowledge token; the teacher must be a ViT"
+        )
+
 
 def run(context: Context, config: Config) -> None:
     """Collective. Fits the token and publishes it."""
@@ -45,11 +61,14 @@ def run(context: Context, config: Config) -> None:
 
     from pipeline.data.collection import open_shards
     from pipeline.data.loader import PoseView
-    from pipeline.models.loading import TokenSpec, load_pose, save_model
+    from pipeline.models.loading import PoseSpec, TokenSpec, load_pose, read_spec, save_model
     from pipeline.objectives import TokenObjective
     from pipeline.training import mean_loss, state_digest, train
 
     artifact = context.artifact("teacher")
+    described = read_spec(artifact)
+    if isinstance(described, PoseSpec):
+        _require_tokens(described.config)
     teacher, spec = load_pose(artifact)
     input_hw = spec.config.backbone.image_size
     collection = open_shards(context.artifact("shards"), input_hw, context.sample_cache)

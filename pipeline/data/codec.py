@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.data.border import fit_offset
 from pipeline.strict import Strict
 
 _LOWEST, _HIGHEST = 1e-3, 50.0
@@ -36,6 +37,9 @@ class CodecConfig(Strict):
     """Side of the Gaussian blur before decoding, odd; unset: derived."""
     target: Literal["udp"] = "udp"
     """UDP: real-valued Gaussian centres, lengths between pixel centres."""
+    border: Literal["reference", "exact"] = "reference"
+    """Decoding of maxima nearer to the border than the blur reaches: as the reference decoder, which is up to 1.4
+    heatmap pixels off there, or by a fit that the border does not bias."""
 
     @field_validator("input_size", "heatmap_size")
     @classmethod
@@ -91,6 +95,7 @@ def decode(heatmaps: torch.Tensor, codec: CodecConfig) -> torch.Tensor:
 
     The maximum is refined by one Newton step on the logarithm of the blurred map, unclamped; a map without a positive
     value has its point at heatmap pixel -1. DARK under UDP (Zhang et al., CVPR 2020), by mmpose's `post_dark_udp`.
+    With `border: exact`, maxima whose blur would reach beyond the map are refined by `fit_offset` instead.
     """
     rows, columns = heatmaps.shape[-2:]
     assert (rows, columns) == codec.heatmap_size, f"heatmaps are {rows}x{columns}, the codec's {codec.heatmap_size}"
@@ -99,6 +104,11 @@ def decode(heatmaps: torch.Tensor, codec: CodecConfig) -> torch.Tensor:
     peak_x, peak_y = index % columns, index.div(columns, rounding_mode="floor")
     logs = _blur(heatmaps, codec.blur).clamp(_LOWEST, _HIGHEST).log()
     offset = _newton_offset(logs, peak_x, peak_y)
+    if codec.border == "exact":
+        nearest = torch.stack([peak_x, peak_y, columns - 1 - peak_x, rows - 1 - peak_y]).amin(0)
+        # The Newton step takes the maximum's neighbours, too, and their blur reaches one pixel further.
+        b, k = torch.nonzero((nearest <= codec.blur // 2) & (scores > 0), as_tuple=True)
+        offset[b, k] = fit_offset(heatmaps[b, k], peak_x[b, k], peak_y[b, k], codec.blur // 2, fallback=offset[b, k])
     points = torch.stack([peak_x, peak_y], -1) - offset
     points = torch.where((scores > 0).unsqueeze(-1), points, torch.full_like(points, -1.0))
     points = points * points.new_tensor(codec.stride)

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.data.annotations import Annotations, read_detections
@@ -22,7 +22,6 @@ from pipeline.data.images import decode_image, read_bytes
 from pipeline.distributed import World, gather_objects
 from pipeline.errors import DataError
 from pipeline.evaluation.predictions import Prediction
-from pipeline.models.pose import PoseModel
 from pipeline.models.preprocessing import normalise
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ def requests_from_detections(annotations: Annotations, input_hw: tuple[int, int]
 
 @torch.no_grad()
 def predict(
-    model: PoseModel,
+    model: nn.Module,
     definition: DatasetDefinition,
     requests: Sequence[Request],
     codec: CodecConfig,
@@ -79,9 +78,10 @@ def predict(
 ) -> list[Prediction]:
     """Keypoints of every request, in their order. Collective where a world of several ranks is given.
 
-    decoder: the dataset whose decoder is used; the definition's own unless given (OCHuman: COCO's). Who is in an image
-    that can't be read is left out, with a warning, and so counts as not found; raises DataError where these are more than
-    `max_bad_fraction` of the requests. tick is called once a batch and may raise, on all ranks.
+    model: a pose model or an ensemble. decoder: the dataset whose decoder is used; the definition's own unless given
+    (OCHuman: COCO's). Who is in an image that can't be read is left out, with a warning, and so counts as not found;
+    raises DataError where these are more than `max_bad_fraction` of the requests. tick is called once a batch and may
+    raise, on all ranks.
     """
     world = world or World(0, 0, 1, next(model.parameters()).device)
     name = decoder or definition.name

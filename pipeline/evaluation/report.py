@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from pipeline.artifacts import Artifact
 from pipeline.data.annotations import Annotations, read
 from pipeline.data.definitions import DatasetDefinition, DatasetSource
 from pipeline.data.images import decode_image, read_bytes
@@ -18,13 +16,13 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.bootstrap import bootstrap_ap, bootstrap_difference
 from pipeline.evaluation.coco import Matches, coco_results
 from pipeline.evaluation.inference import ceiling, predict, requests_from_detections, requests_from_ground_truth
+from pipeline.evaluation.model_set import ModelSet
 from pipeline.evaluation.oks import per_instance_oks
 from pipeline.evaluation.pictures import contact_sheet, draw_skeleton, save_jpg
 from pipeline.evaluation.predictions import Prediction
 from pipeline.evaluation.results import write_server_files
 from pipeline.evaluation.score import Score, headline, score
-from pipeline.models.loading import PoseSpec, load_pose
-from pipeline.models.pose import PoseModel
+from pipeline.models.loading import PoseSpec
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +34,7 @@ class EvaluationReport:
     """Collects what `evaluate` finds; `table`, `metrics` and `write_files` give it out."""
 
     root: str
-    models: Mapping[str, Artifact]
-    device: torch.device
+    models: ModelSet
     flip: bool
     batch_size: int
     bootstrap: int
@@ -49,7 +46,9 @@ class EvaluationReport:
     _rows: list[list[str]] = field(default_factory=list)
     _notes: list[str] = field(default_factory=list)
     _kept: dict[tuple[str, str, str], tuple[Annotations, list[Prediction]]] = field(default_factory=dict)
-    _loaded: dict[str, tuple[PoseModel, PoseSpec]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._notes += self.models.notes
 
     def evaluate(
         self, label: str, source: DatasetSource, boxes: Sequence[str], compare: Sequence[tuple[str, str]]
@@ -65,7 +64,7 @@ class EvaluationReport:
             if kind == "detector" and annotations.files.detections is None:
                 continue
             matches: dict[str, Matches] = {}
-            for name in self.models:
+            for name in self.models.names:
                 found = self._evaluate_model(name, label, annotations, kind)
                 if found is not None and found.matches is not None:
                     matches[name] = found.matches
@@ -88,7 +87,7 @@ class EvaluationReport:
                 write_server_files(results, folder / "server", "val2017", re.sub("[^A-Za-z0-9]+", "-", name))
 
     def _evaluate_model(self, name: str, label: str, annotations: Annotations, kind: str) -> Score | None:
-        model, spec = self._model(name)
+        spec = self.models.spec(name)
         definition = annotations.definition
         decoder = decoder_for(spec, definition)
         if decoder is None:
@@ -97,7 +96,7 @@ class EvaluationReport:
         make = requests_from_detections if kind == "detector" else requests_from_ground_truth
         requests = make(annotations, spec.codec.input_size)
         predictions = predict(
-            model,
+            self.models.model(name),
             definition,
             requests,
             spec.codec,
@@ -149,7 +148,8 @@ class EvaluationReport:
     def _note_ceiling(self, label: str, annotations: Annotations) -> None:
         """What the codec alone allows, once for each codec among the models."""
         definition = annotations.definition
-        codecs = [spec.codec for _, spec in map(self._model, self.models) if decoder_for(spec, definition) is not None]
+        specs = [self.models.spec(name) for name in self.models.names]
+        codecs = [spec.codec for spec in specs if decoder_for(spec, definition) is not None]
         for codec in [codec for place, codec in enumerate(codecs) if codec not in codecs[:place]]:
             metric = headline(definition)
             best = score(annotations, ceiling(annotations, codec)).metrics[metric]
@@ -158,12 +158,6 @@ class EvaluationReport:
             self._notes.append(
                 f"{label}: perfect {height}x{width} heatmaps give {metric} {best:.1f} (the codec's ceiling)"
             )
-
-    def _model(self, name: str) -> tuple[PoseModel, PoseSpec]:
-        if name not in self._loaded:
-            model, spec = load_pose(self.models[name])
-            self._loaded[name] = model.to(self.device), spec
-        return self._loaded[name]
 
 
 def decoder_for(spec: PoseSpec, definition: DatasetDefinition) -> str | None:

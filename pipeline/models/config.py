@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.models.attention_config import AttentionConfig
-from pipeline.strict import Strict
+from pipeline.models.resnet_config import ResNetConfig
+from pipeline.strict import AddedLater, NotInFingerprint, Strict
 
 
 def _shape(width: int, depth: int, heads: int, mlp_width: int | None = None) -> Mapping[str, int]:
@@ -32,17 +33,28 @@ SIZES: Mapping[str, Mapping[str, int]] = MappingProxyType(
 """Width, depth, heads and MLP width by name. S to H: ViTPose (NeurIPS 2022) and its public configs; 1B: a plain ViT-g,
 which is not the paper's ViTAE-G (that one was never released). The lower-case ones run on a CPU."""
 
+SIMPLE_SCALE = 4
+"""Upsampling of the simple decoder behind a ViT."""
+
 
 class ViTConfig(Strict):
     """A plain vision transformer: either `size` names a preset, or width, depth and heads are given, or both."""
 
+    takes_tokens: ClassVar[bool] = True
+    """Whether a knowledge token can be appended."""
+    upsampling: ClassVar[int] = SIMPLE_SCALE
+    """Factor of the simple decoder."""
+
+    # The only kind there was, and so no part of the fingerprint.
+    kind: Annotated[Literal["vit"], NotInFingerprint] = "vit"
+    """vit."""
     size: str | None = None
     """Preset that fills width, depth, heads and mlp_width: micro, mini, tiny, S, B, L, H, 1B. Given values win."""
     image_size: tuple[int, int] = (256, 192)
     """Height and width of the input in pixels; multiples of the patch size."""
     patch_size: int = Field(16, ge=1, le=1024)
     """Side of a patch in pixels."""
-    feature_ratio: Literal[1, 2, 4] = 1
+    feature_ratio: Annotated[Literal[1, 2, 4], AddedLater] = 1
     """Tokens along a patch's side: patches start every patch_size / feature_ratio pixels and overlap above 1. Features
     of patches of 16 have 1/16, 1/8 or 1/4 of the image's size."""
     width: int = Field(ge=1, le=65_536)
@@ -58,11 +70,11 @@ class ViTConfig(Strict):
     patch_padding: int = Field(ge=0, le=1024)
     """Zero padding of the patch convolution in pixels. At feature_ratio 1 2 unless given, as in ViTPose (patches lie 2
     pixels up and left; MAE has 0); above, what centres the patches: 4 at ratio 2 and 6 at 4 for patches of 16."""
-    positions: Literal["learned", "fixed"] = "learned"
+    positions: Annotated[Literal["learned", "fixed"], AddedLater] = "learned"
     """learned: trained; fixed: 2-D sin-cos (MAE), frozen. Positions that `init` brings replace either's start."""
-    attention: AttentionConfig = AttentionConfig()
+    attention: Annotated[AttentionConfig, AddedLater] = AttentionConfig()
     """Full attention, or windows."""
-    parallel_convolution: bool = False
+    parallel_convolution: Annotated[bool, AddedLater] = False
     """ViTAE's convolutions beside the attention of every block (ViTAEv2, section 3), with batch norm."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more compute for a fraction of the memory."""
@@ -137,6 +149,16 @@ class ViTConfig(Strict):
         """Number of patches in an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def decay_blocks(self) -> int:
+        """Blocks whose learning rates layer decay tells apart."""
+        return self.depth
+
+    @property
+    def summary(self) -> str:
+        """In a few words, for cards."""
+        return f"{self.width} x {self.depth}, patch {self.patch_size}"
+
 
 def _least_padding(patch: int, ratio: int) -> int:
     """Half of what a patch reaches beyond its stride, rounded up."""
@@ -149,17 +171,16 @@ def _centred(patch: Any, ratio: Any) -> int:
     return _least_padding(patch, ratio) if known else 2
 
 
-SIMPLE_SCALE = 4
-"""Upsampling of the simple decoder."""
+BackboneConfig = ViTConfig | ResNetConfig
 
 
 class DecoderConfig(Strict):
     """What turns features into heatmaps."""
 
     kind: Literal["classic", "simple"] = "classic"
-    """classic: transposed convolutions; simple: bilinear upsampling by 4 and one convolution."""
+    """classic: transposed convolutions; simple: bilinear upsampling by 4 (behind a ResNet by 8) and one convolution."""
     deconv_layers: int = Field(2, ge=0, le=4)
-    """Transposed convolutions of the classic decoder; each doubles the resolution."""
+    """Transposed convolutions of the classic decoder; each doubles the resolution. Behind a ResNet 3 unless given."""
     filters: int = Field(256, ge=1, le=65_536)
     """Channels of the classic decoder."""
 
@@ -170,26 +191,47 @@ class DecoderConfig(Strict):
         return self
 
 
-def heatmap_size(grid: tuple[int, int], config: DecoderConfig) -> tuple[int, int]:
-    """Height and width of the heatmaps that come from a grid (rows, columns) of patches."""
-    scale = 2**config.deconv_layers if config.kind == "classic" else SIMPLE_SCALE
+def heatmap_size(grid: tuple[int, int], config: DecoderConfig, upsampling: int = SIMPLE_SCALE) -> tuple[int, int]:
+    """Height and width of the heatmaps that come from a grid (rows, columns) of features.
+
+    upsampling: of a simple decoder, as the backbone wants it.
+    """
+    scale = 2**config.deconv_layers if config.kind == "classic" else upsampling
     return grid[0] * scale, grid[1] * scale
 
 
 class PoseConfig(Strict):
     """A pose model without its data: K of each decoder comes from the datasets."""
 
-    backbone: ViTConfig
-    """The shared vision transformer."""
+    backbone: BackboneConfig = Field(discriminator="kind")
+    """The shared backbone: a vision transformer, or by `kind: resnet` a ResNet."""
     decoder: DecoderConfig = DecoderConfig()
     """The decoder, one a dataset."""
     knowledge_tokens: int = Field(0, ge=0, le=4096)
     """Fixed tokens that a distilled student carries and appends to its patches; 0 for every other model."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        backbone = data.get("backbone") if isinstance(data, Mapping) else None
+        if not isinstance(backbone, Mapping):
+            return data
+        values = {**data, "backbone": {"kind": "vit", **backbone}}
+        decoder = values.get("decoder", {})
+        if values["backbone"]["kind"] == "resnet" and isinstance(decoder, Mapping) and decoder.get("kind") != "simple":
+            values["decoder"] = {"deconv_layers": 3, **decoder}
+        return values
+
+    @model_validator(mode="after")
+    def _tokens_need_a_vit(self) -> Self:
+        if self.knowledge_tokens and not self.backbone.takes_tokens:
+            raise ValueError(f"knowledge_tokens: a {self.backbone.kind} takes none; use a ViT or leave them out")
+        return self
+
     @property
     def heatmap_size(self) -> tuple[int, int]:
         """Height and width of the heatmaps."""
-        return heatmap_size(self.backbone.grid, self.decoder)
+        return heatmap_size(self.backbone.grid, self.decoder, self.backbone.upsampling)
 
 
 class MAEConfig(Strict):

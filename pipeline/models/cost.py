@@ -7,7 +7,8 @@ activations, softmax, biases and resampling are not. The paper's GFLOPs are such
 
 from dataclasses import dataclass
 
-from pipeline.models.config import DecoderConfig, MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import SIMPLE_SCALE, DecoderConfig, MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.resnet_config import ResNetConfig
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,27 @@ def backbone_cost(config: ViTConfig, extra: int = 0) -> BackboneCost:
     )
 
 
-def decoder_cost(grid: tuple[int, int], width: int, keypoints: int, config: DecoderConfig) -> int:
+def resnet_cost(config: ResNetConfig) -> int:
+    """A ResNet's forward of one image."""
+    pixels = config.image_size[0] * config.image_size[1]
+    found, channels = pixels // 4 * 49 * 3 * 64, 64
+    for stage, blocks in enumerate(config.bottlenecks):
+        narrow, area = 64 * 2**stage, pixels // 16 // 4**stage
+        for block in range(blocks):
+            first = 4 * area if stage and not block else area  # the stride is in the second convolution
+            found += first * channels * narrow + area * narrow * (9 * narrow + 4 * narrow)
+            found += 0 if block else area * channels * 4 * narrow
+            channels = 4 * narrow
+    return found
+
+
+def decoder_cost(
+    grid: tuple[int, int], width: int, keypoints: int, config: DecoderConfig, upsampling: int = SIMPLE_SCALE
+) -> int:
     """A decoder's forward of one image: features of a grid (rows, columns) to heatmaps."""
     pixels = grid[0] * grid[1]
     if config.kind == "simple":
-        return pixels * 4 * 4 * 9 * width * keypoints
+        return pixels * upsampling**2 * 9 * width * keypoints
     found, channels = 0, width
     for _ in range(config.deconv_layers):
         found += pixels * channels * config.filters * 16  # a 4 x 4 kernel on every pixel that comes in
@@ -87,7 +104,9 @@ def decoder_cost(grid: tuple[int, int], width: int, keypoints: int, config: Deco
 def pose_cost(config: PoseConfig, keypoints: int) -> tuple[int, int]:
     """Backbone, with its knowledge tokens, and one decoder for so many keypoints: an image's forward."""
     backbone = config.backbone
-    decoder = decoder_cost(backbone.grid, backbone.width, keypoints, config.decoder)
+    decoder = decoder_cost(backbone.grid, backbone.width, keypoints, config.decoder, backbone.upsampling)
+    if isinstance(backbone, ResNetConfig):
+        return resnet_cost(backbone), decoder
     return backbone_cost(backbone, config.knowledge_tokens).total, decoder
 
 

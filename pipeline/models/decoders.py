@@ -44,11 +44,12 @@ class ClassicDecoder(nn.Module):
 
 
 class SimpleDecoder(nn.Module):
-    """ReLU, bilinear upsampling by 4, one 3 x 3 convolution: ViTPose, equation 3, which the public code follows."""
+    """ReLU, bilinear upsampling, one 3 x 3 convolution: ViTPose, equation 3, which the public code follows."""
 
-    def __init__(self, channels: int, keypoints: int, config: DecoderConfig) -> None:
+    def __init__(self, channels: int, keypoints: int, config: DecoderConfig, upsampling: int = SIMPLE_SCALE) -> None:
         super().__init__()
         assert config.kind == "simple"
+        self.upsampling = upsampling
         self.final_layer = nn.Conv2d(channels, keypoints, kernel_size=3, padding=1)
 
     @torch.no_grad()
@@ -57,15 +58,18 @@ class SimpleDecoder(nn.Module):
         _init_decoder(self)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, C, Hp, Wp) to heatmaps (B, K, 4 * Hp, 4 * Wp)."""
-        upsampled = F.interpolate(F.relu(features), scale_factor=SIMPLE_SCALE, mode="bilinear", align_corners=False)
+        """Features (B, C, Hp, Wp) to heatmaps (B, K, u * Hp, u * Wp), u being the upsampling."""
+        upsampled = F.interpolate(F.relu(features), scale_factor=self.upsampling, mode="bilinear", align_corners=False)
         return self.final_layer(upsampled)
 
 
-def make_decoder(channels: int, keypoints: int, config: DecoderConfig) -> ClassicDecoder | SimpleDecoder:
-    """The configured decoder, C channels to K heatmaps."""
-    kind = ClassicDecoder if config.kind == "classic" else SimpleDecoder
-    return kind(channels, keypoints, config)
+def make_decoder(
+    channels: int, keypoints: int, config: DecoderConfig, upsampling: int = SIMPLE_SCALE
+) -> ClassicDecoder | SimpleDecoder:
+    """The configured decoder, C channels to K heatmaps; upsampling: of a simple one, as the backbone wants it."""
+    if config.kind == "classic":
+        return ClassicDecoder(channels, keypoints, config)
+    return SimpleDecoder(channels, keypoints, config, upsampling)
 
 
 def _init_decoder(decoder: nn.Module) -> None:

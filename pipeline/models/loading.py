@@ -181,7 +181,7 @@ def summary(spec: Spec) -> dict[str, Any]:
     if isinstance(spec, PoseSpec):
         backbone = spec.config.backbone
         return {
-            "backbone": f"{backbone.width} x {backbone.depth}, patch {backbone.patch_size}",
+            "backbone": backbone.summary,
             "input": "x".join(map(str, backbone.image_size)),
             "datasets": ", ".join(spec.datasets),
         }

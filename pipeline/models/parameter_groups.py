@@ -16,11 +16,12 @@ from pipeline.models.pose import PoseModel
 def layer_decay_groups(model: PoseModel, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
     """Layer-wise learning rate decay as in ViTPose's public optimizer constructor.
 
-    With n = depth + 2 layers, layer 0 is the patch and position embedding, layer i + 1 is block i, and layer n - 1 is
-    the rest (last norm, decoders); lr_scale = layer_decay ** (n - 1 - layer). Frozen parameters are left out. No
-    weight decay for 1-D parameters, biases, the position embedding and relative positions (Swin's code).
+    A ViT of n = depth + 2 layers: layer 0 is the patch and position embedding, layer i + 1 is block i, and layer n - 1 is
+    the rest (last norm, decoders); lr_scale = layer_decay ** (n - 1 - layer). A backbone without such blocks has one
+    rate. Frozen parameters are left out. No weight decay for 1-D parameters, biases, the position embedding and relative
+    positions (Swin's code).
     """
-    last = model.config.backbone.depth + 1
+    last = model.config.backbone.decay_blocks + 1
 
     def lr_scale(name: str) -> float:
         return layer_decay ** (last - _layer(name, last))

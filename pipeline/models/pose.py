@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ConfigError
+from pipeline.models.backbones import make_backbone
 from pipeline.models.config import PoseConfig
 from pipeline.models.decoders import make_decoder
-from pipeline.models.vit import ViT, count
+from pipeline.models.vit import count
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
 
@@ -30,8 +31,11 @@ class PoseModel(nn.Module):
         _check_datasets(keypoints)
         self.config = config
         width = config.backbone.width
-        self.backbone = ViT(config.backbone)
-        self.decoders = nn.ModuleDict({name: make_decoder(width, k, config.decoder) for name, k in keypoints.items()})
+        self.backbone = make_backbone(config.backbone)
+        upsampling = config.backbone.upsampling
+        self.decoders = nn.ModuleDict(
+            {name: make_decoder(width, k, config.decoder, upsampling) for name, k in keypoints.items()}
+        )
         token = torch.zeros(1, config.knowledge_tokens, width) if config.knowledge_tokens else None
         self.register_buffer("knowledge_token", token)
 

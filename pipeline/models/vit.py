@@ -189,9 +189,3 @@ def interpolate_positions(positions: Tensor, from_grid: tuple[int, int], to_grid
 def count(module: nn.Module) -> int:
     """Number of parameters, trainable or not; works on the meta device."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def count_parameters(config: ViTConfig) -> int:
-    """Number of parameters of the backbone, without allocating it."""
-    with torch.device("meta"):
-        return count(ViT(config))

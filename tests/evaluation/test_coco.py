@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from pipeline.data.annotations import Annotations, read, read_detections
 from pipeline.data.definitions import DatasetDefinition, DatasetSource, load_definition
+from pipeline.data.geometry import box_to_window
 from pipeline.errors import DataError
 from pipeline.evaluation.coco import coco_results, evaluate_coco, evaluate_images
 from pipeline.evaluation.predictions import Prediction
@@ -68,6 +69,57 @@ def test_detector_boxes_on_real_images_score_as_pycocotools_says(samples: Path) 
         assert evaluate_coco(data.coco, results, data.definition) == pytest.approx(expected, abs=1e-9)
         assert 0 < expected["AP"] < 100
     assert len(coco_results(found, data.definition, nms=False)) == len(found) == 118
+
+
+def by_the_released_code(found: list[Prediction]) -> list[tuple[float, np.ndarray]]:
+    """Rescoring and OKS-NMS of one image, written out after mmpose's `TopDownCocoDataset.evaluate` and `oks_nms`."""
+    people = []
+    for one in found:
+        above = [score for score in one.keypoints[:, 2] if score > 0.2]
+        joints = sum(above) / len(above) if above else 0.0
+        scale = np.array(one.window[2:]) / 200
+        people.append((joints * one.box_score, one.keypoints, np.prod(scale * 200)))
+    people.sort(key=lambda person: -person[0])
+    kept: list[tuple[float, np.ndarray, float]] = []
+    for score, points, area in people:
+        similar = []
+        for _, other, other_area in kept:
+            variances = (2 * np.array(COCO_SET.sigmas)) ** 2
+            squared = (points[:, 0] - other[:, 0]) ** 2 + (points[:, 1] - other[:, 1]) ** 2
+            e = squared / variances / ((area + other_area) / 2 + np.spacing(1)) / 2
+            similar.append(np.sum(np.exp(-e)) / len(e))
+        if all(value <= 0.9 for value in similar):
+            kept.append((score, points, area))
+    return [(score, points) for score, points, _ in kept]
+
+
+def test_real_detections_are_rescored_and_suppressed_as_by_the_released_code(samples: Path) -> None:
+    """Each detector box sees the nearest person, with an error: boxes of one person give near duplicates."""
+    data = annotations(samples)
+    rng = np.random.default_rng(3)
+    found: dict[int | str, list[Prediction]] = {}
+    for detection in read_detections(data):
+        x, y, width, height = detection.bbox
+        centre = np.array([x + width / 2, y + height / 2])
+        near = [one for one in data.instances if one.image_id == detection.image_id]
+        points = np.column_stack([rng.uniform(x, x + width, 17), rng.uniform(y, y + height, 17), rng.uniform(0, 1, 17)])
+        if near:
+            middles = [np.array(one.bbox[:2]) + np.array(one.bbox[2:]) / 2 for one in near]
+            person = near[int(np.argmin([np.linalg.norm(middle - centre) for middle in middles]))]
+            points[:, :2] = person.keypoints[:, :2] + rng.normal(0, 0.005 * max(person.bbox[2:]), (17, 2))
+        window = box_to_window(detection.bbox, 0.75)
+        one = Prediction(detection.image_id, None, points, window, detection.score)
+        found.setdefault(detection.image_id, []).append(one)
+    everyone = [one for group in found.values() for one in group]
+    results = coco_results(everyone, data.definition)
+    expected = [(image_id, *kept) for image_id, group in found.items() for kept in by_the_released_code(group)]
+    assert 0 < len(expected) < len(everyone) - 10, "nothing was suppressed: the boxes prove nothing"
+    assert [one["image_id"] for one in results] == [image_id for image_id, _, _ in expected]
+    for one, (_, score, points) in zip(results, expected, strict=True):
+        assert one["score"] == pytest.approx(score, rel=1e-12)
+        assert one["keypoints"] == points.ravel().tolist()
+    by_pycocotools = by_hand(data.coco, results, data.definition)
+    assert evaluate_coco(data.coco, results, data.definition) == pytest.approx(by_pycocotools, abs=1e-9)
 
 
 def test_random_crowds_with_duplicates_and_false_alarms_score_as_pycocotools_says() -> None:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 import stages
 from pipeline.config import StageConfig
+from pipeline.strict import fingerprint_view
 from stages import KINDS, module_of
 
 BACKBONE = {"size": "micro", "image_size": [64, 48], "patch_size": 8, "patch_padding": 0}
@@ -120,6 +121,24 @@ def test_only_kinds_that_train_are_distributed_and_only_data_prepares() -> None:
         ("evaluate", {"inputs.models": {}}, "inputs.models"),
         ("evaluate", {"compare": [["teacher", "studnet"]]}, "no model 'studnet' among teacher"),
         ("evaluate", {"boxes": ["oracle"]}, "boxes"),
+        ("evaluate", {"ensembles": {"all": ["teacher", "student"]}}, "ensembles.all: no model 'student' among teacher"),
+        ("evaluate", {"ensembles": {"all": ["all", "teacher"]}}, "ensembles.all: no model 'all' among teacher"),
+        ("evaluate", {"averages": {"mean": ["teacher", "mean"]}}, "averages.mean: no model 'mean' among teacher"),
+        ("evaluate", {"averages": {"teacher": ["a", "b"]}}, "there is a model 'teacher' already"),
+        ("evaluate", {"averages": {"mean": ["teacher", "teacher"]}}, "averages.mean: names a model twice"),
+        ("evaluate", {"averages": {"mean": ["teacher"]}}, "averages.mean"),
+        ("mae", {"model.backbone": {"kind": "resnet"}}, "Input should be 'vit'"),
+        ("finetune", {"model.backbone": {"kind": "resnet"}, "optimizer.layer_decay": 0.75}, "layer_decay is of ViTs"),
+        (
+            "distill",
+            {
+                "model.backbone": {"kind": "resnet"},
+                "distillation.token": True,
+                "inputs.teacher": "t",
+                "inputs.token": "k",
+            },
+            "distillation.token: a resnet takes no token",
+        ),
     ],
 )
 def test_a_contradiction_is_refused(kind: str, changes: dict[str, Any], said: str) -> None:
@@ -136,10 +155,29 @@ def test_a_contradiction_is_refused(kind: str, changes: dict[str, Any], said: st
         ("distill", {"distillation.output": True, "inputs.teacher": "t"}),
         ("import", {"source": "https://host/mae.pth", "sha256": "a" * 64}),
         ("evaluate", {"inputs.models": {"a": "x", "b": "y"}, "compare": [["a", "b"]]}),
+        (
+            "evaluate",
+            {
+                "inputs.models": {"a": "x", "b": "y"},
+                "averages": {"mean": ["a", "b"]},
+                "ensembles": {"all": ["a", "b", "mean"]},
+                "compare": [["all", "mean"]],
+            },
+        ),
+        ("finetune", {"model.backbone": {"kind": "resnet", "layers": 101}}),
+        ("distill", {"model.backbone": {"kind": "resnet"}, "distillation.output": True, "inputs.teacher": "t"}),
     ],
 )
 def test_what_belongs_together_is_taken(kind: str, changes: dict[str, Any]) -> None:
     assert config(kind, changes).kind == kind
+
+
+def test_keys_that_came_later_change_no_fingerprint_until_they_are_used() -> None:
+    later = {"averages", "ensembles", "border"}
+    assert not later & fingerprint_view(config("evaluate")).keys()
+    models = {"inputs.models": {"a": "x", "b": "y"}}
+    used = config("evaluate", {**models, "border": "exact", "ensembles": {"all": ["a", "b"]}})
+    assert later & fingerprint_view(used).keys() == {"ensembles", "border"}
 
 
 def test_raw_data_that_a_kind_reads_is_listed() -> None:

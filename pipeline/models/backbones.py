@@ -1,0 +1,24 @@
+"""Which network a backbone's configuration means. Another backbone is another line here and in `models.config`.
+
+Each maps normalised images (B, 3, H, W) to features (B, width, *grid), takes `tokens` (None where its configuration does
+not `takes_tokens`), and initialises itself in place by `init_weights`. One with batch norm counts `samples_seen`.
+"""
+
+import torch
+from torch import nn
+
+from pipeline.models.config import BackboneConfig, ViTConfig
+from pipeline.models.resnet import ResNet
+from pipeline.models.vit import ViT, count
+
+
+def make_backbone(config: BackboneConfig) -> ViT | ResNet:
+    """The configured backbone, with torch's default weights."""
+    return ViT(config) if isinstance(config, ViTConfig) else ResNet(config)
+
+
+def count_parameters(config: BackboneConfig) -> int:
+    """Number of parameters of the backbone, without allocating it."""
+    with torch.device("meta"):
+        backbone: nn.Module = make_backbone(config)
+    return count(backbone)
