@@ -43,11 +43,11 @@ def _model_row(pipeline: PipelineConfig, plan: graph.StagePlan) -> list[Any]:
     model = getattr(config, "model", None)
     if model is None:
         return [plan.name, "-", "-", batch, "-", _steps(config, plan)]
-    total = _total(model, plan, pipeline)
+    backbone, total = _parameters(model, plan, pipeline)
     memory = estimate(model, total, micro, processes, pipeline.engine)
     return [
         plan.name,
-        _millions(count_parameters(model.backbone)),
+        _millions(backbone),
         _millions(total),
         batch,
         f"{memory / 2**30:.2f} GiB",
@@ -55,9 +55,10 @@ def _model_row(pipeline: PipelineConfig, plan: graph.StagePlan) -> list[Any]:
     ]
 
 
-def _total(model: PoseConfig | MAEConfig, plan: graph.StagePlan, pipeline: PipelineConfig) -> int:
+def _parameters(model: PoseConfig | MAEConfig, plan: graph.StagePlan, pipeline: PipelineConfig) -> tuple[int, int]:
+    """Of the backbone and of the whole model."""
     if isinstance(model, MAEConfig):
-        return describe_mae(model)["total"]
+        return count_parameters(model.backbone), describe_mae(model)["total"]
     shards = plan.inputs.get("shards")
     if shards is not None and shards.artifact is not None:
         keypoints = {
@@ -65,7 +66,8 @@ def _total(model: PoseConfig | MAEConfig, plan: graph.StagePlan, pipeline: Pipel
         }
     else:
         keypoints = _keypoints_to_come(plan, pipeline)
-    return describe_pose(model, keypoints)["total"]
+    counts = describe_pose(model, keypoints)
+    return counts["backbone"], counts["total"]
 
 
 def _keypoints_to_come(plan: graph.StagePlan, pipeline: PipelineConfig) -> dict[str, int]:

@@ -53,6 +53,9 @@ class ViTConfig(Strict):
     """Stochastic depth of the last block; it grows linearly from 0 in the first."""
     patch_padding: int = Field(2, ge=0, le=1024)
     """Zero padding of the patch convolution in pixels: 2 in ViTPose (patches lie 2 pixels up and left), 0 in MAE."""
+    expert_width: int = Field(0, ge=0, le=65_536)
+    """Channels of each block's MLP output that belong to the sample's dataset (ViTPose+; a quarter of the width in the
+    released models). 0: a plain transformer, which all datasets share."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more compute for a fraction of the memory."""
 
@@ -80,6 +83,8 @@ class ViTConfig(Strict):
                 raise ValueError(f"image {name} {side} is not a positive multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.expert_width >= self.width:
+            raise ValueError(f"expert_width {self.expert_width} must be below the width {self.width}: some is shared")
         if 2 * self.patch_padding >= self.patch_size:
             raise ValueError(f"patch_padding {self.patch_padding} must be below half of patch_size {self.patch_size}")
         return self
@@ -163,6 +168,8 @@ class MAEConfig(Strict):
     def _check(self) -> Self:
         if self.backbone.patch_padding or self.backbone.drop_path:
             raise ValueError("the encoder of an MAE has patch_padding 0 and drop_path 0")
+        if self.backbone.expert_width:
+            raise ValueError("the encoder of an MAE has no datasets to tell apart: expert_width is of pose models")
         for name, width in (("backbone.width", self.backbone.width), ("decoder_width", self.decoder_width)):
             if width % 4:
                 raise ValueError(f"{name} {width} is not a multiple of 4, which sin-cos positions need")

@@ -1,5 +1,6 @@
 """The plain vision transformer backbone of ViTPose (section 3.1), made of timm's blocks."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.models.config import ViTConfig
+from pipeline.models.experts import ExpertBlock, ExpertMlp, Sizes, Sorting
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -53,10 +55,12 @@ def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
         )
 
 
-def make_blocks(width: int, depth: int, heads: int, mlp_width: int, drop_path: float = 0.0) -> nn.ModuleList:
+def make_blocks(
+    width: int, depth: int, heads: int, mlp_width: int, drop_path: float = 0.0, kind: type[Block] = Block
+) -> nn.ModuleList:
     """Pre-norm blocks with qkv bias, exact GELU, LayerNorm eps 1e-6 and linearly growing stochastic depth."""
     return nn.ModuleList(
-        Block(
+        kind(
             width,
             heads,
             # timm truncates width * ratio; the half keeps it at mlp_width whatever the rounding of the quotient.
@@ -69,13 +73,27 @@ def make_blocks(width: int, depth: int, heads: int, mlp_width: int, drop_path: f
     )
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor, gradient_checkpointing: bool) -> Tensor:
-    """Tokens (B, N, C) through all blocks; with checkpointing only each block's input is kept for backward."""
+def make_expert_blocks(config: ViTConfig, datasets: Sequence[str]) -> nn.ModuleList:
+    """The same blocks with a part of the MLP for each dataset."""
+    blocks = make_blocks(config.width, config.depth, config.heads, config.mlp_width, config.drop_path, ExpertBlock)
+    for block in blocks:
+        block.mlp = ExpertMlp(config.width, config.mlp_width, config.expert_width, datasets)
+    return blocks
+
+
+def run_blocks(
+    blocks: nn.ModuleList, tokens: Tensor, gradient_checkpointing: bool, sizes: Sizes | None = None
+) -> Tensor:
+    """Tokens (B, N, C) through all blocks; with checkpointing only each block's input is kept for backward.
+
+    sizes: of blocks with experts, see `Sizes`.
+    """
+    arguments = () if sizes is None else (sizes,)
     for block in blocks:
         if gradient_checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, use_reentrant=False)
+            tokens = checkpoint(block, tokens, *arguments, use_reentrant=False)
         else:
-            tokens = block(tokens)
+            tokens = block(tokens, *arguments)
     return tokens
 
 
@@ -84,14 +102,22 @@ class ViT(nn.Module):
 
     There is no class token. ViTPose's public code keeps the position slot of one and adds it to every patch
     (`pos_embed[:, 1:] + pos_embed[:, :1]`); here `pos_embed` is (1, N, C), and a converter folds that slot into it.
+
+    `experts` names the datasets of a model with `expert_width`. Raises ConfigError where it has none.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, experts: Sequence[str] = ()) -> None:
         super().__init__()
+        if bool(config.expert_width) != bool(experts):
+            raise ConfigError(f"expert_width {config.expert_width} with {len(experts)} datasets: they go together")
         self.config = config
+        self.experts = tuple(experts)
         self.patch_embed = PatchEmbed(config)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.patches, config.width))
-        self.blocks = make_blocks(config.width, config.depth, config.heads, config.mlp_width, config.drop_path)
+        if experts:
+            self.blocks = make_expert_blocks(config, experts)
+        else:
+            self.blocks = make_blocks(config.width, config.depth, config.heads, config.mlp_width, config.drop_path)
         self.last_norm = layer_norm(config.width)
 
     @torch.no_grad()
@@ -107,16 +133,23 @@ class ViT(nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
-    def forward(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, tokens: Tensor | None = None, owners: Tensor | None = None) -> Tensor:
         """Normalised images (B, 3, H, W) to features (B, C, Hp, Wp).
 
         `tokens` (1 or B, T, C) are appended after the patches, carry no position, take part in every block and are
-        dropped at the end (the knowledge token of ViTPose, section 3.4). Raises DataError for another image size.
+        dropped at the end (the knowledge token of ViTPose, section 3.4). `owners` (B,) int64 numbers each image's
+        dataset among `experts`, on the CPU; a model without experts takes none. Raises DataError for another image size.
         """
+        assert (owners is not None) == bool(self.experts), "a model with experts must know each image's dataset"
         x = self.patch_embed(images) + self.pos_embed
         if tokens is not None:
             x = torch.cat([x, tokens.to(x).expand(x.shape[0], -1, -1)], dim=1)
-        x = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        if owners is None:
+            x = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        else:
+            sorting = Sorting.of(owners, len(self.experts), x.device)
+            x = run_blocks(self.blocks, sorting.sort(x), self.config.gradient_checkpointing, sorting.sizes)
+            x = sorting.unsort(x)
         x = self.last_norm(x[:, : self.config.patches])
         return x.transpose(1, 2).reshape(x.shape[0], self.config.width, *self.config.grid)
 
@@ -144,7 +177,7 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_parameters(config: ViTConfig) -> int:
-    """Number of parameters of the backbone, without allocating it."""
+def count_parameters(config: ViTConfig, experts: Sequence[str] = ()) -> int:
+    """Number of parameters of the backbone, without allocating it; `experts` as for `ViT`."""
     with torch.device("meta"):
-        return count(ViT(config))
+        return count(ViT(config, experts))
