@@ -132,9 +132,7 @@ def test_every_expert_starts_from_the_last_rows_of_a_plain_models_second_layer(t
         assert torch.equal(grown[f"blocks.1.mlp.fc2.{kind}"], rows[:24])
         for name in NAMES:
             assert torch.equal(grown[f"blocks.1.mlp.experts.{name}.{kind}"], rows[24:])
-    torch.testing.assert_close(
-        model.eval()(images(), ["coco"])["coco"], plain(images())["coco"], rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(model.eval()(images(), ["coco"])["coco"], plain(images())["coco"], rtol=1e-6, atol=1e-6)
 
 
 def test_an_autoencoder_grows_experts_too(tmp_path: Path) -> None:
