@@ -1,4 +1,7 @@
-"""Run by tests on two ranks: two ranks with disjoint datasets train under a ZeRO stage; prints the losses as JSON."""
+"""Run by tests on two ranks: two ranks with disjoint datasets train under a ZeRO stage; prints the losses as JSON.
+
+Each dataset has its expert in every block; nobody ever sees the third one.
+"""
 
 import json
 import sys
@@ -15,7 +18,7 @@ from pipeline.models.pose import PoseModel
 from pipeline.objectives import PoseObjective
 
 NAMES = ["coco", "mpii"]
-KEYPOINTS = {"coco": 17, "mpii": 16}
+KEYPOINTS = {"coco": 17, "aic": 14, "mpii": 16}
 
 
 def main() -> None:
@@ -24,7 +27,7 @@ def main() -> None:
     world = world_from_environment(RuntimeConfig(device="cpu"))
     start_process_group(world)
     torch.manual_seed(0)
-    backbone = {"size": "micro", "image_size": (64, 48), "patch_size": 8}
+    backbone = {"size": "micro", "image_size": (64, 48), "patch_size": 8, "expert_width": 8}
     model = PoseModel(PoseConfig(backbone=backbone, decoder={"filters": 16}), KEYPOINTS)
     model.init_weights()
     codec = CodecConfig(input_size=(64, 48), heatmap_size=(32, 24))
@@ -56,8 +59,12 @@ def main() -> None:
         losses.append(outcome.loss)
     buffers = engine.averaged_buffers()
     means = {name: buffers[f"model.decoders.{name}.deconv_layers.1.running_mean"].abs().sum().item() for name in NAMES}
+    weights = engine.weights()
     if world.is_main:
-        print(json.dumps({"losses": losses, "running_means": means}))
+        grown = {
+            name: weights[f"model.backbone.blocks.1.mlp.experts.{name}.bias"].abs().sum().item() for name in KEYPOINTS
+        }
+        print(json.dumps({"losses": losses, "running_means": means, "experts": grown}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

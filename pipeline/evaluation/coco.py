@@ -118,8 +118,9 @@ def coco_results(
 ) -> list[dict[str, Any]]:
     """COCO's results list: image_id, category_id, keypoints (3 K numbers) and score, rescored and after OKS-NMS.
 
-    categories: of the annotated people, by instance id; unset: 1 for everybody. Of several predictions for one annotated person the first is taken. A prediction that is not finite is left out,
-    with a warning: to pycocotools, NaN matches anything.
+    categories: of the annotated people, by instance id; unset: 1 for everybody. Of several predictions for one annotated
+    person the first is taken. A prediction that is not finite is left out, with a warning: to pycocotools, NaN matches
+    anything.
     """
     assert all(len(prediction.keypoints) == definition.num_keypoints for prediction in predictions)
     people: dict[int | str, list[Prediction]] = {}

@@ -33,7 +33,8 @@ def score(
 ) -> Score:
     """Scores predictions on a split, or on some of its images.
 
-    A definition with parts adds the metrics of each. MPII without its mpii_gt_val.mat is scored with head sizes from the head's two joints: see `truth_from_joints`.
+    A definition with parts adds the metrics of each. MPII without its mpii_gt_val.mat is scored with head sizes from the
+    head's two joints: see `truth_from_joints`. Raises DataError where a metric by category meets a detector's boxes.
     """
     definition = annotations.definition
     if headline(definition) == "PCKh":

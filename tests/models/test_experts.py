@@ -177,7 +177,7 @@ def test_a_teacher_with_experts_teaches_each_crop_as_its_own_dataset() -> None:
     found = DistillObjective(student, codec, names, teacher, **settings)(batch)[1]["loss_teacher"]
     plain = {name: split(spec_of(teacher), teacher.state_dict(), name) for name in names}
     expected = torch.zeros(())
-    for number, (name, (spec, tensors)) in enumerate(plain.items()):
+    for number, (spec, tensors) in enumerate(plain.values()):
         one = PoseModel(spec.config, spec.keypoints)
         one.load_state_dict(tensors)
         share = {key: value[batch["dataset"] == number] for key, value in batch.items()}
