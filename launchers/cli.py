@@ -163,6 +163,19 @@ def predict(
     typer.echo(f"keypoints and pictures are in {out}")
 
 
+@app.command("split")
+def split_model(
+    artifact: Annotated[Path, typer.Argument(help="Folder of a pose model's artifact.")],
+    dataset: Annotated[str, typer.Option(help="Whose expert and decoder stay.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new artifact; must not exist.")],
+) -> None:
+    """Take one dataset's plain model out of a model of several datasets, with ViTPose+'s experts or without."""
+    from launchers.split import split_artifact
+
+    found = split_artifact(artifact, dataset, out)
+    typer.echo(f"{found.path}: {dataset} alone, {found.digest[:12]}")
+
+
 @data_app.command("check")
 def data_check(
     dataset: Annotated[str, typer.Argument(help="Name of a dataset definition (coco, aic, mpii, ...) or a YAML.")],

@@ -129,13 +129,9 @@ class DistillObjective(nn.Module):
 
     def _teacher_loss(self, teacher: PoseModel, images: Tensor, found: Heatmaps, batch: Batch) -> Tensor:
         """Decoders pair by dataset name; one that the teacher lacks learns from ground truth only."""
+        shared = {name: rows for name, (rows, _) in found.items() if name in teacher.decoders}
         with torch.no_grad(), autocast(self.precision, images.device):
-            features = teacher.features(images)
-            soft = {
-                name: teacher.decoders[name](features.index_select(0, rows)).float()
-                for name, (rows, _) in found.items()
-                if name in teacher.decoders
-            }
+            soft = {name: heatmaps.float() for name, heatmaps in teacher.forward_rows(images, shared).items()}
         loss = images.new_zeros(())
         for name, target in soft.items():
             rows, heatmaps = found[name]

@@ -18,6 +18,7 @@ from pipeline.distributed import autocast
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score
+from pipeline.models.experts import grow_experts
 from pipeline.models.loading import (
     MAESpec,
     PoseSpec,
@@ -146,8 +147,9 @@ class PoseSetup:
 def initialise(model: PoseModel, artifact: Artifact) -> None:
     """Loads what another model offers: an autoencoder's encoder, or a pose model's backbone and equal decoders.
 
-    Positions are interpolated where the grid differs. Logs what stays fresh. Raises ArtifactError where a tensor does
-    not fit.
+    Positions are interpolated where the grid differs; experts of a model that has some come from a plain MLP's or from
+    those of the same datasets (`grow_experts`). Logs what stays fresh. Raises ArtifactError where a tensor does not fit,
+    ConfigError where the source has experts and the model none, or lacks one of its experts.
     """
     spec = read_spec(artifact)
     _require_kind(model, spec, artifact)
@@ -161,6 +163,13 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     else:
         raise ArtifactError(f"{artifact.path}: a {spec.model} can't initialise a pose model")
     target = model.backbone.state_dict()
+    if model.config.backbone.expert_width:
+        state = grow_experts(state, target, str(artifact.path))
+    elif spec.config.backbone.expert_width:
+        raise ConfigError(
+            f"{artifact.path}: has experts ({', '.join(spec.datasets)}), this model has none; take one of them out with "
+            "`vitruvian split` and start from that, or set model.backbone.expert_width"
+        )
     if "pos_embed" in state and grid != model.config.backbone.grid:
         state["pos_embed"] = interpolate_positions(state["pos_embed"], grid, model.config.backbone.grid)
     for name, value in state.items():

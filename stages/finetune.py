@@ -4,7 +4,7 @@ Reads shards, a pretrained backbone where one is given, and raw data where it ev
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,7 +12,7 @@ from pipeline.config import PipelineConfig
 from pipeline.context import Context
 from pipeline.errors import ConfigError
 from pipeline.recipe import PoseTrainingConfig
-from pipeline.strict import Strict
+from pipeline.strict import AddedLater, Strict
 
 
 class Inputs(Strict):
@@ -32,7 +32,7 @@ class Config(PoseTrainingConfig):
     kind: Literal["finetune"]
     inputs: Inputs
     """Artifacts by role."""
-    freeze: Literal["attention", "ffn"] | None = None
+    freeze: Annotated[Literal["attention", "ffn"] | None, AddedLater] = None
     """Partial finetuning (ViTPose, table 6). attention: attention and first norm of every block stay as they begin;
     ffn: positions, patch embedding, MLP and second norm of every block. Needs inputs.init."""
     average_decay: float | None = Field(None, gt=0, lt=1)

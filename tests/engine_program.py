@@ -1,4 +1,7 @@
-"""Run by tests on two ranks: two ranks with disjoint datasets train under a ZeRO stage; prints the losses as JSON."""
+"""Run by tests on two ranks: two ranks with disjoint datasets train under a ZeRO stage; prints the losses as JSON.
+
+Each dataset has its expert in every block; nobody ever sees the third one.
+"""
 
 import json
 import sys
@@ -16,7 +19,7 @@ from pipeline.objectives import PoseObjective
 from pipeline.process_group import shared_memory, start_process_group
 
 NAMES = ["coco", "mpii"]
-KEYPOINTS = {"coco": 17, "mpii": 16}
+KEYPOINTS = {"coco": 17, "aic": 14, "mpii": 16}
 
 
 def main() -> None:
@@ -26,7 +29,7 @@ def main() -> None:
     start_process_group(world)
     assert not shared_memory(world.rank), "a killed rank would leave it behind"
     torch.manual_seed(0)
-    backbone = {"size": "micro", "image_size": (64, 48), "patch_size": 8}
+    backbone = {"size": "micro", "image_size": (64, 48), "patch_size": 8, "expert_width": 8}
     model = PoseModel(PoseConfig(backbone=backbone, decoder={"filters": 16}), KEYPOINTS)
     model.init_weights()
     codec = CodecConfig(input_size=(64, 48), heatmap_size=(32, 24))
@@ -58,8 +61,12 @@ def main() -> None:
         losses.append(outcome.loss)
     buffers = engine.averaged_buffers()
     means = {name: buffers[f"model.decoders.{name}.deconv_layers.1.running_mean"].abs().sum().item() for name in NAMES}
+    weights = engine.weights()
     if world.is_main:
-        print(json.dumps({"losses": losses, "running_means": means}))
+        grown = {
+            name: weights[f"model.backbone.blocks.1.mlp.experts.{name}.bias"].abs().sum().item() for name in KEYPOINTS
+        }
+        print(json.dumps({"losses": losses, "running_means": means, "experts": grown}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -26,3 +26,6 @@ def test_ranks_with_disjoint_datasets_train_alike_under_every_zero_stage() -> No
         # A decoder's statistics come from the rank that saw its dataset, not from half-averages with one that did not.
         assert result["running_means"] == pytest.approx(found[1]["running_means"], rel=1e-4)
         assert min(result["running_means"].values()) > 0
+        # An expert learns on the rank that saw its dataset; one that nobody saw takes part and stays as it was.
+        assert result["experts"] == pytest.approx(found[1]["experts"], rel=1e-4)
+        assert result["experts"]["coco"] > 0 < result["experts"]["mpii"] and result["experts"]["aic"] == 0

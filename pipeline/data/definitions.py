@@ -31,10 +31,26 @@ class SplitFiles(Strict):
     """Annotation files."""
     images: tuple[str, ...]
     """Folders that hold the images."""
+    nested: bool = False
+    """The images lie in folders below; unset: at least one lies in the folder itself, or it is not taken for theirs."""
     detections: tuple[str, ...] = ()
     """Boxes of a person detector (a list of image_id, category_id, bbox, score), for evaluation."""
     truth: tuple[str, ...] = ()
     """Ground truth that the annotation file lacks (MPII: mpii_gt_val.mat)."""
+
+
+class KeypointPart(Strict):
+    """Keypoints that an annotation holds in a field of their own, and that the metric scores on their own, too."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Names the part's metrics: AP_<name>, AR_<name>."""
+    field: str
+    """Field of an annotation with x, y and visibility of each of the part's keypoints."""
+    count: int = Field(ge=1)
+    """How many keypoints it holds."""
+    valid: str | None = None
+    """Field that says whether the part could be labelled. A part that says no and is labelled all the same is reported
+    and used: published evaluations look at the visibilities alone."""
 
 
 class DatasetDefinition(Strict):
@@ -52,10 +68,17 @@ class DatasetDefinition(Strict):
     metric: Literal["coco", "aic", "crowdpose", "pckh", "none"]
     """coco: AP with the annotated areas; aic: AP with area 0.53 x width x height of the box; crowdpose: as aic, and by
     crowd index; pckh: MPII's."""
+    average_over_categories: bool = False
+    """AP and AR are means over the categories of the annotation file (species), each evaluated on its own, as published
+    for AP-10K; needs annotated boxes. Unset: all categories are one."""
     half_body_min_keypoints: int | None = Field(ge=0)
     """Half-body augmentation only if strictly more keypoints are labelled; null: never."""
     keypoints: tuple[str, ...]
     """Names, in the order of the annotation files."""
+    parts: tuple[KeypointPart, ...] = ()
+    """Where annotations keep their keypoints in several fields: these, in order, together all keypoints. AP is that of
+    all of them, and each part has its own. Who has no keypoint of the first part is not used (the released COCO-WholeBody
+    code: the body). A visibility may be any number here; above 0 is labelled. Empty: all are in `keypoints`."""
     flip_pairs: tuple[tuple[str, str], ...]
     """Left and right partners, which a mirrored image swaps."""
     sigmas: tuple[float, ...]
@@ -86,6 +109,18 @@ class DatasetDefinition(Strict):
         return self
 
     @model_validator(mode="after")
+    def _parts_are_consistent(self) -> Self:
+        if not self.parts:
+            return self
+        _no_twice("parts", [part.name for part in self.parts])
+        total = sum(part.count for part in self.parts)
+        if total != len(self.keypoints):
+            raise ValueError(f"parts: they have {total} keypoints together, `keypoints` names {len(self.keypoints)}")
+        if (self.format, self.metric) != ("coco", "coco"):
+            raise ValueError(f"parts: expected format and metric 'coco', found {self.format!r} and {self.metric!r}")
+        return self
+
+    @model_validator(mode="after")
     def _format_and_metric_fit(self) -> Self:
         if (self.format == "boxes") != (not self.keypoints):
             raise ValueError(f"format {self.format!r} with {len(self.keypoints)} keypoints: only 'boxes' has none")
@@ -95,6 +130,8 @@ class DatasetDefinition(Strict):
             raise ValueError(f"metric: pckh needs format 'mpii', found {self.format!r}")
         if self.format == "mpii" and self.metric not in ("pckh", "none"):
             raise ValueError(f"metric: format 'mpii' has no ground truth for {self.metric!r}, expected pckh or none")
+        if self.average_over_categories and (self.format, self.metric) != ("coco", "coco"):
+            raise ValueError("average_over_categories: expected format and metric 'coco'")
         return self
 
     @property
@@ -119,6 +156,13 @@ class DatasetDefinition(Strict):
     def skeleton_index(self) -> np.ndarray:
         """(L, 2) int64: the keypoints that each limb joins."""
         return np.array(self._pairs(self.skeleton), dtype=np.int64).reshape(-1, 2)
+
+    @property
+    def fields(self) -> tuple[tuple[str, int], ...]:
+        """The fields of an annotation that hold its keypoints, and how many each holds."""
+        if not self.parts:
+            return (("keypoints", self.num_keypoints),)
+        return tuple((part.field, part.count) for part in self.parts)
 
     def _pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
         return [(self.keypoints.index(first), self.keypoints.index(second)) for first, second in pairs]
@@ -207,7 +251,7 @@ def resolve(source: DatasetSource, root: str | Path) -> ResolvedFiles:
         return next((path for path in (files.join(base, place) for place in places) if files.is_file(path)), None)
 
     # A parent folder may be a candidate, too, so a candidate must hold images; a folder that was asked for need not.
-    folder = files.is_image_folder if source.images is None else files.is_folder
+    folder = files.is_folder if source.images is not None or split.nested else files.is_image_folder
     return ResolvedFiles(
         annotations=required("annotations", split.annotations, files.is_file),
         images=required("images", split.images, folder),

@@ -31,3 +31,5 @@ class Instance:
     window: tuple[float, float, float, float] | None = None
     """Centre x, centre y, width, height of the padded window where the dataset prescribes one (MPII: a square),
     instead of deriving it from `bbox`."""
+    category: int | str | None = None
+    """The annotation's category id, where there is one: for metrics by category."""

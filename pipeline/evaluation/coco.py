@@ -8,7 +8,7 @@ resample.
 import contextlib
 import io
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,18 +79,17 @@ class Matches:
     image_ids: tuple[int | str, ...]
     crowd: np.ndarray | None
     """(I,) float64 crowd index of each image (NaN where it has none) for metric crowdpose; else None."""
-    areas: dict[str, AreaMatches]
-    """By range of areas: all, medium, large."""
+    areas: dict[str, tuple[AreaMatches, ...]]
+    """By range of areas (all, medium, large), those of each category; one category unless the metric is by category."""
 
     def average_precision(self, counts: np.ndarray | None = None) -> float:
         """AP in percent when image i is there counts[i] times, by default once; -1 where there are no people."""
-        found = self.areas["all"].accumulate(self._counts(counts))
-        return UNDEFINED if found is None else 100.0 * float(found[0].mean())
+        return _mean(self._accumulate("all", self._counts(counts)), 0)
 
     def metrics(self, counts: np.ndarray | None = None) -> dict[str, float]:
         """What `evaluate_coco` returns, when image i is there counts[i] times, by default once."""
         counts = self._counts(counts)
-        found = {name: area.accumulate(counts) for name, area in self.areas.items()}
+        found = {name: self._accumulate(name, counts) for name in self.areas}
         values = {}
         for kind, prefix in enumerate(("AP", "AR")):
             values[prefix] = _mean(found["all"], kind)
@@ -103,17 +102,25 @@ class Matches:
                 values[name] = self.average_precision(counts * ((self.crowd >= low) & (self.crowd < high)))
         return values
 
+    def _accumulate(self, area: str, counts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Precision and recall of each category that has people."""
+        return [found for one in self.areas[area] if (found := one.accumulate(counts)) is not None]
+
     def _counts(self, counts: np.ndarray | None) -> np.ndarray:
         return np.ones(len(self.image_ids), np.int64) if counts is None else counts
 
 
 def coco_results(
-    predictions: Sequence[Prediction], definition: DatasetDefinition, nms: bool = True
+    predictions: Sequence[Prediction],
+    definition: DatasetDefinition,
+    nms: bool = True,
+    categories: Mapping[int | str, int | str] | None = None,
 ) -> list[dict[str, Any]]:
-    """COCO's results list: image_id, category_id 1, keypoints (3 K numbers) and score, rescored and after OKS-NMS.
+    """COCO's results list: image_id, category_id, keypoints (3 K numbers) and score, rescored and after OKS-NMS.
 
-    Of several predictions for one annotated person the first is taken. A prediction that is not finite is left out,
-    with a warning: to pycocotools, NaN matches anything.
+    categories: of the annotated people, by instance id; unset: 1 for everybody. Of several predictions for one annotated
+    person the first is taken. A prediction that is not finite is left out, with a warning: to pycocotools, NaN matches
+    anything.
     """
     assert all(len(prediction.keypoints) == definition.num_keypoints for prediction in predictions)
     people: dict[int | str, list[Prediction]] = {}
@@ -134,7 +141,9 @@ def coco_results(
         kept = oks_nms(group, scores, definition.sigmas).tolist() if nms else range(len(group))
         for index in kept:
             keypoints = group[index].keypoints.astype(np.float64).ravel().tolist()
-            results.append({"image_id": image_id, "category_id": 1, "keypoints": keypoints, "score": scores[index]})
+            category = 1 if categories is None else categories[group[index].instance_id]
+            found = {"image_id": image_id, "category_id": category, "keypoints": keypoints, "score": scores[index]}
+            results.append(found)
     return results
 
 
@@ -170,19 +179,21 @@ def evaluate_images(
     records = {image["id"]: image for image in truth["images"]}
     order = _ordered(records if image_ids is None else _known(set(image_ids), records))
     number = {image_id: position for position, image_id in enumerate(order, start=1)}
-    people = [_person(one, definition, number) for one in truth["annotations"] if one["image_id"] in number]
     _known({result["image_id"] for result in results}, records)
-    found = [_found(result, definition, number) for result in results if result["image_id"] in number]
+    kinds = _categories(truth, results) if definition.average_over_categories else {}
+    people = [_person(one, definition, number, kinds) for one in truth["annotations"] if one["image_id"] in number]
+    found = [_found(result, definition, number, kinds) for result in results if result["image_id"] in number]
     crowd = None
     if definition.metric == "crowdpose":
         crowd = np.array([records[image_id].get("crowdIndex", np.nan) for image_id in order], np.float64)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_index(people, number), _index(found, number), "keypoints")
+        evaluation = COCOeval(_index(people, number, len(kinds)), _index(found, number, len(kinds)), "keypoints")
         evaluation.params.kpt_oks_sigmas = np.array(definition.sigmas)
         evaluation.evaluate()
-    labels, size = evaluation.params.areaRngLbl, len(order)
-    areas = {name: _gather(evaluation.evalImgs[i * size : (i + 1) * size]) for i, name in enumerate(labels)}
-    return Matches(tuple(order), crowd, areas)
+    # By category, then range of areas, then image.
+    labels, size, images = evaluation.params.areaRngLbl, len(order), evaluation.evalImgs
+    ranges = [_gather(images[i * size : (i + 1) * size]) for i in range(max(len(kinds), 1) * len(labels))]
+    return Matches(tuple(order), crowd, {name: tuple(ranges[i :: len(labels)]) for i, name in enumerate(labels)})
 
 
 def _gather(images: list[dict[str, Any] | None]) -> AreaMatches:
@@ -199,11 +210,17 @@ def _gather(images: list[dict[str, Any] | None]) -> AreaMatches:
     return AreaMatches(np.repeat(np.arange(len(images)), sizes)[order], matched & counts, ~matched & counts, positives)
 
 
-def _mean(found: tuple[np.ndarray, np.ndarray] | None, kind: int, row: int | None = None) -> float:
-    """Mean precision (kind 0) or recall (1) in percent, of one OKS threshold or of all."""
-    if found is None:
+def _mean(found: list[tuple[np.ndarray, np.ndarray]], kind: int, row: int | None = None) -> float:
+    """Mean precision (kind 0) or recall (1) over categories in percent, of one OKS threshold or of all."""
+    if not found:
         return UNDEFINED
-    return 100.0 * float(found[kind].mean() if row is None else found[kind][row].mean())
+    return 100.0 * float(np.mean([one[kind].mean() if row is None else one[kind][row].mean() for one in found]))
+
+
+def _categories(truth: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[int | str, int]:
+    """Category ids, renumbered from 1. One without people has no AP, so results of it count for nothing."""
+    ids = {record["category_id"] for record in (*truth["annotations"], *results)}
+    return {category: position for position, category in enumerate(_ordered(ids), start=1)}
 
 
 def _ordered(image_ids: Collection[int | str]) -> list[int | str]:
@@ -219,13 +236,18 @@ def _known(wanted: set[int | str], records: dict[int | str, Any]) -> set[int | s
     return wanted
 
 
-def _person(annotation: dict[str, Any], definition: DatasetDefinition, number: dict[int | str, int]) -> dict[str, Any]:
+def _person(
+    annotation: dict[str, Any],
+    definition: DatasetDefinition,
+    number: dict[int | str, int],
+    kinds: dict[int | str, int],
+) -> dict[str, Any]:
     """An annotation of our own, as COCOeval writes into it. Its id follows in `_index`."""
     bbox, keypoints = annotation["bbox"], annotation["keypoints"]
     labelled = sum(flag > 0 for flag in keypoints[2::3])
     return {
         "image_id": number[annotation["image_id"]],
-        "category_id": 1,
+        "category_id": kinds[annotation["category_id"]] if kinds else 1,
         "bbox": bbox,
         "area": metric_area(definition, bbox, annotation.get("area", bbox[2] * bbox[3])),
         "iscrowd": annotation.get("iscrowd", 0),
@@ -234,33 +256,40 @@ def _person(annotation: dict[str, Any], definition: DatasetDefinition, number: d
     }
 
 
-def _found(result: dict[str, Any], definition: DatasetDefinition, number: dict[int | str, int]) -> dict[str, Any]:
-    """A detection as `COCO.loadRes` makes it: box and area are those around all keypoints."""
+def _found(
+    result: dict[str, Any], definition: DatasetDefinition, number: dict[int | str, int], kinds: dict[int | str, int]
+) -> dict[str, Any]:
+    """A detection as `COCO.loadRes` makes it: box and area are those around all keypoints, or around the first part's
+    where there are parts, as in the whole-body API. An `area` that the result has wins."""
     keypoints = np.asarray(result["keypoints"], np.float64)
     if keypoints.shape != (3 * definition.num_keypoints,) or not np.isfinite([*keypoints, result["score"]]).all():
         expected = f"{3 * definition.num_keypoints} finite keypoint numbers and a finite score"
         raise DataError(f"evaluation: a result on image {result['image_id']!r}: expected {expected}")
-    x, y = keypoints[0::3], keypoints[1::3]
+    first = definition.fields[0][1]
+    x, y = keypoints[0 : 3 * first : 3], keypoints[1 : 3 * first : 3]
     width, height = float(np.ptp(x)), float(np.ptp(y))
     return {
         "image_id": number[result["image_id"]],
-        "category_id": 1,
+        "category_id": kinds[result["category_id"]] if kinds else 1,
         "bbox": [float(x.min()), float(y.min()), width, height],
-        "area": width * height,
+        "area": result.get("area", width * height),
         "keypoints": keypoints.tolist(),
         "score": float(result["score"]),
     }
 
 
-def _index(annotations: list[dict[str, Any]], number: dict[int | str, int]) -> COCO:
-    """A COCO object of renumbered images and annotations; ids from 1, as 0 means "no match" to pycocotools."""
+def _index(annotations: list[dict[str, Any]], number: dict[int | str, int], kinds: int) -> COCO:
+    """A COCO object of renumbered images and annotations; ids from 1, as 0 means "no match" to pycocotools.
+
+    kinds: how many categories there are; 0 where all are one.
+    """
     for position, annotation in enumerate(annotations, start=1):
         annotation["id"] = position
     coco = COCO()
     coco.dataset = {
         "images": [{"id": position} for position in number.values()],
         "annotations": annotations,
-        "categories": [{"id": 1, "name": "person"}],
+        "categories": [{"id": kind} for kind in range(1, max(kinds, 1) + 1)],
     }
     coco.createIndex()
     return coco

@@ -130,6 +130,9 @@ class EvaluationReport:
         people = str(len(annotations.instances))
         value = _shown(found.metrics[metric])
         self._rows.append([name, label, kind.replace("_", " "), people, metric, value, interval, *others])
+        if definition.parts:
+            parts = ", ".join(f"{part.name} {_shown(found.metrics[f'AP_{part.name}'])}" for part in definition.parts)
+            self._notes.append(f"{name} on {label}, {kind.replace('_', ' ')} boxes, AP by part: {parts}")
         logger.info("%s on %s, %s boxes: %s %s", name, label, kind, metric, value)
 
     def _compare(

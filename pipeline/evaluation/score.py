@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from pipeline.data.annotations import Annotations
 from pipeline.data.definitions import DatasetDefinition
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.coco import Matches, coco_results, evaluate_images
+from pipeline.evaluation.parts import evaluate_parts
 from pipeline.evaluation.pckh import evaluate_pckh, load_truth, truth_from_joints
 from pipeline.evaluation.predictions import Prediction
 
@@ -32,7 +33,8 @@ def score(
 ) -> Score:
     """Scores predictions on a split, or on some of its images.
 
-    MPII without its mpii_gt_val.mat is scored with head sizes from the head's two joints: see `truth_from_joints`.
+    A definition with parts adds the metrics of each. MPII without its mpii_gt_val.mat is scored with head sizes from the
+    head's two joints: see `truth_from_joints`. Raises DataError where a metric by category meets a detector's boxes.
     """
     definition = annotations.definition
     if headline(definition) == "PCKh":
@@ -45,6 +47,19 @@ def score(
         # Trackers do not take every character in a metric's name.
         return Score({name.replace("@", "_at_"): value for name, value in found.items()}, None)
     assert annotations.coco is not None
-    results = coco_results(predictions, definition)
+    results = coco_results(predictions, definition, categories=_categories(annotations, predictions))
     matches = evaluate_images(annotations.coco, results, definition, image_ids=image_ids)
-    return Score(matches.metrics(), matches)
+    parts = evaluate_parts(annotations.coco, results, definition, image_ids=image_ids)
+    return Score(matches.metrics() | parts, matches)
+
+
+def _categories(annotations: Annotations, predictions: Sequence[Prediction]) -> dict[int | str, int | str] | None:
+    """Category by instance, where the metric is by category. Raises DataError for a detector's box, which has none."""
+    if not annotations.definition.average_over_categories:
+        return None
+    if any(prediction.instance_id is None for prediction in predictions):
+        name = annotations.definition.name
+        raise DataError(
+            f"dataset {name!r}: its metric is by category, which a detector's boxes lack; use annotated boxes"
+        )
+    return {one.id: one.category for one in annotations.instances if one.category is not None}

@@ -1,8 +1,11 @@
 """Which network a backbone's configuration means. Another backbone is another line here and in `models.config`.
 
 Each maps normalised images (B, 3, H, W) to features (B, width, *grid), takes `tokens` (None where its configuration does
-not `takes_tokens`), and initialises itself in place by `init_weights`. One with batch norm counts `samples_seen`.
+not `takes_tokens`) and `owners` (None without `experts`), and initialises itself in place by `init_weights`. One with
+batch norm counts `samples_seen`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,9 +15,11 @@ from pipeline.models.resnet import ResNet
 from pipeline.models.vit import ViT, count
 
 
-def make_backbone(config: BackboneConfig) -> ViT | ResNet:
-    """The configured backbone, with torch's default weights."""
-    return ViT(config) if isinstance(config, ViTConfig) else ResNet(config)
+def make_backbone(config: BackboneConfig, datasets: Sequence[str] = ()) -> ViT | ResNet:
+    """The configured backbone, with torch's default weights; `datasets` have an expert each where there are any."""
+    if isinstance(config, ViTConfig):
+        return ViT(config, datasets if config.expert_width else ())
+    return ResNet(config)
 
 
 def count_parameters(config: BackboneConfig) -> int:

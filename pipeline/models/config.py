@@ -76,6 +76,9 @@ class ViTConfig(Strict):
     """Full attention, or windows."""
     parallel_convolution: Annotated[bool, AddedLater] = False
     """ViTAE's convolutions beside the attention of every block (ViTAEv2, section 3), with batch norm."""
+    expert_width: Annotated[int, AddedLater] = Field(0, ge=0, le=65_536)
+    """Channels of each block's MLP output that belong to the sample's dataset (ViTPose+; a quarter of the width in the
+    released models). 0: a plain transformer, which all datasets share."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: about a third more compute for a fraction of the memory."""
 
@@ -109,6 +112,10 @@ class ViTConfig(Strict):
         if self.width % 4 and (self.positions == "fixed" or self.parallel_convolution):
             raise ValueError(f"width {self.width} is not a multiple of 4, as fixed positions and convolutions need")
         self._check_attention()
+        if self.expert_width >= self.width:
+            raise ValueError(f"expert_width {self.expert_width} must be below the width {self.width}: some is shared")
+        if self.expert_width and self.parallel_convolution:
+            raise ValueError("expert_width and parallel_convolution do not go together: choose one")
         return self
 
     def _check_padding(self) -> None:
@@ -264,6 +271,8 @@ class MAEConfig(Strict):
                 raise ValueError(f"the encoder of an MAE sees separate patches in no order: leave out backbone.{name}")
         if self.backbone.patch_padding or self.backbone.drop_path:
             raise ValueError("the encoder of an MAE has patch_padding 0 and drop_path 0")
+        if self.backbone.expert_width:
+            raise ValueError("the encoder of an MAE has no datasets to tell apart: expert_width is of pose models")
         for name, width in (("backbone.width", self.backbone.width), ("decoder_width", self.decoder_width)):
             if width % 4:
                 raise ValueError(f"{name} {width} is not a multiple of 4, which sin-cos positions need")

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ArtifactError
+from pipeline.models.blocks import layer_norm, make_blocks, run_blocks
 from pipeline.models.config import MAEConfig
-from pipeline.models.vit import (
-    PatchEmbed,
-    check_images,
-    count,
-    layer_norm,
-    make_blocks,
-    run_blocks,
-    sincos_positions,
-)
+from pipeline.models.vit import PatchEmbed, check_images, count, sincos_positions
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

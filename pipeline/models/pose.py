@@ -20,8 +20,9 @@ class PoseModel(nn.Module):
 
     `keypoints` gives K for each dataset, and its order is the order in which decoders run. `knowledge_token` is a
     buffer (1, T, C) that the state dict keeps, zero until somebody copies a fitted token in, or None. Weights are
-    torch's defaults until `init_weights` or `load_state_dict`. Raises ConfigError for a dataset name that can't be a
-    module's name, for K < 1 and for no dataset at all.
+    torch's defaults until `init_weights` or `load_state_dict`. With `expert_width` the backbone has an expert for each
+    dataset, too (ViTPose+), and features depend on whose they are. Raises ConfigError for a dataset name that can't be
+    a module's name, for K < 1 and for no dataset at all.
     """
 
     knowledge_token: Tensor | None
@@ -31,7 +32,7 @@ class PoseModel(nn.Module):
         _check_datasets(keypoints)
         self.config = config
         width = config.backbone.width
-        self.backbone = make_backbone(config.backbone)
+        self.backbone = make_backbone(config.backbone, list(keypoints))
         upsampling = config.backbone.upsampling
         self.decoders = nn.ModuleDict(
             {name: make_decoder(width, k, config.decoder, upsampling) for name, k in keypoints.items()}
@@ -48,26 +49,48 @@ class PoseModel(nn.Module):
         if self.knowledge_token is not None:
             self.knowledge_token.zero_()
 
-    def features(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Features (B, C, Hp, Wp); `tokens` (1 or B, T, C) are appended after the model's own knowledge token."""
+    def features(self, images: Tensor, tokens: Tensor | None = None, owners: Tensor | str | None = None) -> Tensor:
+        """Features (B, C, Hp, Wp); `tokens` (1 or B, T, C) are appended after the model's own knowledge token.
+
+        owners: whose the images are, for a model with experts; others ignore it. A dataset's name, or (B,) int64
+        numbers of decoders, on the CPU.
+        """
         own = self.knowledge_token
         if own is not None and tokens is not None:
             tokens = torch.cat([own.to(tokens).expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        return self.backbone(images, own if tokens is None else tokens)
+        if not self.backbone.experts:
+            owners = None
+        elif isinstance(owners, str):
+            owners = torch.full((len(images),), self.backbone.experts.index(owners))
+        return self.backbone(images, own if tokens is None else tokens, owners)
 
     def forward(
         self, images: Tensor, datasets: Sequence[str] | None = None, tokens: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) to heatmaps (B, K, h, w) of each of `datasets`, or of all decoders.
 
-        Every decoder that runs sees the whole batch, in the order of the decoders. Raises ConfigError for a dataset
-        without a decoder, DataError for another image size.
+        Every decoder that runs sees the whole batch, in the order of the decoders. A model with experts runs its
+        backbone once for each of the datasets. Raises ConfigError for a dataset without a decoder, DataError for another
+        image size.
         """
         self._require(datasets or ())
+        wanted = {name: each for name, each in self.decoders.items() if datasets is None or name in datasets}
+        if self.backbone.experts:
+            return {name: decoder(self.features(images, tokens, name)) for name, decoder in wanted.items()}
         features = self.features(images, tokens)
-        return {
-            name: decoder(features) for name, decoder in self.decoders.items() if datasets is None or name in datasets
-        }
+        return {name: decoder(features) for name, decoder in wanted.items()}
+
+    def forward_rows(self, images: Tensor, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each dataset's decoder on its own rows (b,) int64 of the images, for a teacher: (b, K, h, w) by dataset.
+
+        Nothing keeps ranks in step here, so not for a model that is being trained. Raises ConfigError for a dataset
+        without a decoder.
+        """
+        self._require(list(rows))
+        if self.backbone.experts:
+            return {name: self(images.index_select(0, own), [name])[name] for name, own in rows.items()}
+        features = self.features(images)
+        return {name: self.decoders[name](features.index_select(0, own)) for name, own in rows.items()}
 
     def forward_mixed(
         self, images: Tensor, dataset_index: Tensor, names: Sequence[str], tokens: Tensor | None = None
@@ -84,7 +107,9 @@ class PoseModel(nn.Module):
         name without a decoder.
         """
         self._require(names)
-        features = self.features(images, tokens)
+        position = {name: number for number, name in enumerate(self.decoders)}
+        owners = torch.tensor([position[name] for name in names])[dataset_index] if self.backbone.experts else None
+        features = self.features(images, tokens, owners)
         index = {name: position for position, name in enumerate(names)}
         found: dict[str, tuple[Tensor, Tensor]] = {}
         zero = torch.zeros((), device=features.device)

@@ -15,6 +15,7 @@ class ResNet(nn.Module):
     moved the running statistics; averaging these over ranks weights by it. It is no part of the state dict.
     """
 
+    experts = ()
     samples_seen: Tensor
 
     def __init__(self, config: ResNetConfig) -> None:
@@ -35,9 +36,9 @@ class ResNet(nn.Module):
                 module.reset_parameters()
         self.samples_seen.zero_()
 
-    def forward(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, tokens: Tensor | None = None, owners: Tensor | None = None) -> Tensor:
         """Normalised images (B, 3, H, W) to features (B, 2048, H / 32, W / 32). Raises DataError for another size."""
-        assert tokens is None, "a ResNet takes no tokens"
+        assert tokens is None and owners is None, "a ResNet takes no tokens and has no experts"
         check_images(images, self.config.image_size)
         if self.training:
             self.samples_seen += images.shape[0]

@@ -19,6 +19,8 @@ class ResNetConfig(Strict):
 
     takes_tokens: ClassVar[bool] = False
     """Whether a knowledge token can be appended."""
+    expert_width: ClassVar[int] = 0
+    """No part belongs to a dataset."""
     decay_blocks: ClassVar[int] = 0
     """Blocks whose learning rates layer decay tells apart."""
     upsampling: ClassVar[int] = 8

@@ -1,20 +1,17 @@
 """The plain vision transformer backbone of ViTPose (section 3.1), made of timm's blocks."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from pipeline.errors import DataError
-from pipeline.models.attention import WindowAttention, Windows
+from pipeline.errors import ConfigError, DataError
+from pipeline.models.attention import WindowAttention
+from pipeline.models.blocks import layer_norm, make_grid_blocks, run_blocks
 from pipeline.models.config import ViTConfig
-from pipeline.models.parallel_convolution import ParallelBlock, ParallelConvolution
-
-layer_norm = partial(nn.LayerNorm, eps=1e-6)
+from pipeline.models.experts import Sorting
+from pipeline.models.parallel_convolution import ParallelConvolution
 
 
 class PatchConv(nn.Conv2d):
@@ -56,68 +53,25 @@ def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
         )
 
 
-def make_blocks(width: int, depth: int, heads: int, mlp_width: int, drop_path: float = 0.0) -> nn.ModuleList:
-    """Pre-norm blocks with qkv bias, exact GELU, LayerNorm eps 1e-6 and linearly growing stochastic depth."""
-    return nn.ModuleList(
-        _make_block(Block, width, heads, mlp_width, drop_path * index / max(depth - 1, 1)) for index in range(depth)
-    )
-
-
-def make_grid_blocks(config: ViTConfig) -> nn.ModuleList:
-    """The same for patches on a grid, with the configured attention and convolutions."""
-    kind = partial(ParallelBlock, grid=config.grid) if config.parallel_convolution else Block
-    rates = [config.drop_path * index / max(config.depth - 1, 1) for index in range(config.depth)]
-    blocks = nn.ModuleList(_make_block(kind, config.width, config.heads, config.mlp_width, rate) for rate in rates)
-    attention = config.attention
-    partitions: dict[tuple[tuple[int, int], bool], Windows] = {}
-    for index, block in enumerate(blocks):
-        window = attention.window_of(index, config.depth)
-        if window is None and not attention.relative_positions:
-            continue  # full attention stays timm's
-        key = window or config.grid, attention.is_shifted(index, config.depth)
-        windows = partitions.setdefault(key, Windows(config.grid, *key))
-        pool = attention.pool and window is not None
-        block.attn = WindowAttention(config.width, config.heads, windows, pool, attention.relative_positions)
-    return blocks
-
-
-def _make_block(kind: Callable[..., Block], width: int, heads: int, mlp_width: int, drop_path: float) -> Block:
-    return kind(
-        width,
-        heads,
-        # timm truncates width * ratio; the half keeps it at mlp_width whatever the rounding of the quotient.
-        mlp_ratio=(mlp_width + 0.5) / width,
-        qkv_bias=True,
-        drop_path=drop_path,
-        norm_layer=layer_norm,
-    )
-
-
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor, gradient_checkpointing: bool) -> Tensor:
-    """Tokens (B, N, C) through all blocks; with checkpointing only each block's input is kept for backward."""
-    for block in blocks:
-        if gradient_checkpointing and torch.is_grad_enabled():
-            contexts = {"context_fn": block.checkpoint_contexts} if isinstance(block, ParallelBlock) else {}
-            tokens = checkpoint(block, tokens, use_reentrant=False, **contexts)
-        else:
-            tokens = block(tokens)
-    return tokens
-
-
 class ViT(nn.Module):
     """Images to one feature vector a patch.
 
     There is no class token. ViTPose's public code keeps the position slot of one and adds it to every patch
     (`pos_embed[:, 1:] + pos_embed[:, :1]`); here `pos_embed` is (1, N, C), and a converter folds that slot into it.
+
+    `experts` names the datasets of a model with `expert_width`. Raises ConfigError where it has none.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, experts: Sequence[str] = ()) -> None:
         super().__init__()
+        if bool(config.expert_width) != bool(experts):
+            raise ConfigError(f"expert_width {config.expert_width} with {len(experts)} datasets: they go together")
         self.config = config
+        self.experts = tuple(experts)
         self.patch_embed = PatchEmbed(config)
         learned = config.positions == "learned"
         self.pos_embed = nn.Parameter(torch.zeros(1, config.patches, config.width), requires_grad=learned)
-        self.blocks = make_grid_blocks(config)
+        self.blocks = make_grid_blocks(config, experts)
         self.last_norm = layer_norm(config.width)
 
     @torch.no_grad()
@@ -138,16 +92,23 @@ class ViT(nn.Module):
             elif isinstance(module, WindowAttention | ParallelConvolution):
                 module.init_weights()
 
-    def forward(self, images: Tensor, tokens: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, tokens: Tensor | None = None, owners: Tensor | None = None) -> Tensor:
         """Normalised images (B, 3, H, W) to features (B, C, Hp, Wp).
 
         `tokens` (1 or B, T, C) are appended after the patches, carry no position, take part in every block and are
-        dropped at the end (the knowledge token of ViTPose, section 3.4). Raises DataError for another image size.
+        dropped at the end (the knowledge token of ViTPose, section 3.4). `owners` (B,) int64 numbers each image's
+        dataset among `experts`, on the CPU; a model without experts takes none. Raises DataError for another image size.
         """
+        assert (owners is not None) == bool(self.experts), "a model with experts must know each image's dataset"
         x = self.patch_embed(images) + self.pos_embed
         if tokens is not None:
             x = torch.cat([x, tokens.to(x).expand(x.shape[0], -1, -1)], dim=1)
-        x = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        if owners is None:
+            x = run_blocks(self.blocks, x, self.config.gradient_checkpointing)
+        else:
+            sorting = Sorting.of(owners, len(self.experts), x.device)
+            x = run_blocks(self.blocks, sorting.sort(x), self.config.gradient_checkpointing, sorting.sizes)
+            x = sorting.unsort(x)
         x = self.last_norm(x[:, : self.config.patches])
         return x.transpose(1, 2).reshape(x.shape[0], self.config.width, *self.config.grid)
 

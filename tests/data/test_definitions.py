@@ -12,7 +12,7 @@ from pipeline.data.definitions import DatasetSource, load_definition, resolve, s
 from pipeline.errors import ConfigError, DataError
 from pipeline.strict import Strict
 
-SHIPPED = ["aic", "coco", "crowdpose", "mpii", "ochuman", "people"]
+SHIPPED = ["aic", "ap10k", "apt36k", "coco", "crowdpose", "mpii", "ochuman", "people", "wholebody"]
 
 
 def small(**changes: object) -> dict[str, object]:
@@ -60,6 +60,8 @@ def test_every_shipped_definition_is_valid_and_named_as_its_file() -> None:
         ("mpii", 16, "0-5 1-4 2-3 10-15 11-14 12-13", range(7, 16), None, "pckh"),
         ("crowdpose", 14, "0-1 2-3 4-5 6-7 8-9 10-11", [0, 1, 2, 3, 4, 5, 12, 13], 6, "crowdpose"),
         ("people", 0, "", [], None, "none"),
+        ("ap10k", 17, "0-1 5-8 6-9 7-10 11-14 12-15 13-16", [0, 1, 2, 3, 5, 6, 7, 8, 9], 8, "coco"),
+        ("apt36k", 17, "0-1 5-8 6-9 7-10 11-14 12-15 13-16", [0, 1, 2, 3, 5, 6, 7, 8, 9], 8, "coco"),
     ],
 )
 def test_shipped_definitions_have_the_published_pairs_and_upper_bodies(
@@ -84,6 +86,9 @@ def test_a_flip_pair_joins_a_left_and_a_right_keypoint_of_the_same_name(name: st
     mirrored = {"left": "right", "right": "left"}
     for before, after in zip(definition.keypoints, swapped, strict=True):
         side, _, part = before.partition("_")
+        if side == "face":  # numbered, not named: iBUG's 68 points
+            assert after.startswith("face_")
+            continue
         assert after == (f"{mirrored[side]}_{part}" if side in mirrored else before)
 
 
@@ -97,6 +102,26 @@ def test_sigmas_are_the_published_ones() -> None:
     assert sum(load_definition("crowdpose").sigmas) == pytest.approx(
         2 * (0.079 * 2 + 0.072 + 0.062 + 0.107 + 0.087 + 0.089)
     )
+
+
+def test_a_whole_body_has_its_parts_in_order_and_the_faces_published_pairs() -> None:
+    definition = load_definition("wholebody")
+    assert definition.fields == (
+        ("keypoints", 17),
+        ("foot_kpts", 6),
+        ("face_kpts", 68),
+        ("lefthand_kpts", 21),
+        ("righthand_kpts", 21),
+    )
+    body = load_definition("coco")
+    assert definition.keypoints[:17] == body.keypoints and definition.sigmas[:17] == body.sigmas
+    assert definition.upper_body == body.upper_body
+    face = (definition.flip_index[23:91] - 23).tolist()
+    assert [face[point] for point in (0, 8, 17, 21, 27, 31, 36, 39, 41, 48, 51, 57, 60, 66)] == [
+        16, 8, 26, 22, 27, 35, 45, 42, 46, 54, 51, 57, 64, 66,
+    ]  # fmt: skip
+    assert definition.flip_index[91:112].tolist() == list(range(112, 133))
+    assert sum(definition.sigmas[17:23]) == pytest.approx(0.48) and sum(definition.sigmas) == pytest.approx(3.861)
 
 
 def test_sample_annotations_name_the_keypoints_in_the_definition_order(samples: Path) -> None:
@@ -116,6 +141,9 @@ def test_skeletons_are_index_pairs_and_connect_every_keypoint() -> None:
     for name in set(SHIPPED) - {"people"}:
         definition = load_definition(name)
         limbs = definition.skeleton_index
+        assert set(limbs.ravel().tolist()) == set(range(definition.num_keypoints)), name
+        if name == "wholebody":
+            continue  # the contours of a face hang together with nothing
         reached = {0}
         for _ in limbs:
             reached |= {int(end) for limb in limbs if reached & set(limb.tolist()) for end in limb}
@@ -154,6 +182,10 @@ def test_an_unknown_name_is_a_config_error_with_the_closest_name() -> None:
         ({"format": "boxes"}, "'boxes' with 3 keypoints"),
         ({"metric": "pckh"}, "pckh needs format 'mpii'"),
         ({"format": "mpii"}, "'mpii' has no ground truth for 'coco'"),
+        ({"parts": [{"name": "a", "field": "k", "count": 2}]}, "parts: they have 2 keypoints together, .* names 3"),
+        ({"parts": [{"name": "a", "field": "k", "count": 1}] * 3}, "parts: 'a' is there more than once"),
+        ({"parts": [{"name": "a", "field": "k", "count": 3}], "metric": "aic"}, "parts: expected .* 'coco'.* 'aic'"),
+        ({"average_over_categories": True, "metric": "crowdpose"}, "average_over_categories: expected .* 'coco'"),
         ({"sigma": [1]}, "sigma: unknown key; did you mean 'sigmas'"),
         ({"splits": {"train": {"annotation": [], "images": []}}}, "did you mean 'annotations'"),
         ({"name": "Not A Name"}, "name: "),

@@ -36,14 +36,16 @@ def read_coco(data: Any, definition: DatasetDefinition, file: str, folder: str) 
     records = _well_typed(data["annotations"], people, definition, parsed)
     boxes, boxes_typed = number_rows([record["bbox"] for record in records], 4)
     width = 3 * definition.num_keypoints
-    points, points_typed = number_rows([record["keypoints"] if width else [] for record in records], width)
+    points, points_typed = number_rows([_points(record, definition) for record in records], width)
     typed = boxes_typed & points_typed
     for index in np.flatnonzero(~typed):
-        field = "keypoints" if boxes_typed[index] else "bbox"
+        field = _wrong_points(records[index], definition) if boxes_typed[index] else "bbox"
         what = f"{field}: expected numbers, found {shown(records[index][field])}"
         parsed.note(_name(records[index]), "mistyped record", what, dropped=True)
     kept = np.flatnonzero(typed)
     points = points[kept].reshape(len(kept), definition.num_keypoints, 3)
+    if definition.parts:  # confidences rather than COCO's 1 and 2
+        points[:, :, 2] = np.where(np.isfinite(points[:, :, 2]) & (points[:, :, 2] > 0), 2, points[:, :, 2])
     with np.errstate(invalid="ignore", over="ignore"):  # infinite sides are found out below
         _collect([records[index] for index in kept], boxes[kept], points, definition, parsed)
     return parsed
@@ -144,18 +146,33 @@ def _fault(record: Any, parsed: Parsed, seen: set[Any], definition: DatasetDefin
     if not isinstance(box, list) or len(box) != 4:
         return "mistyped record", f"bbox: expected a list of x, y, width, height, found {shown(box)}"
     if definition.keypoints:
-        points = record.get("keypoints")
-        if not isinstance(points, list):
-            return "mistyped record", f"keypoints: expected a list, found {shown(points)}"
-        if len(points) != 3 * definition.num_keypoints:
-            expected = f"{3 * definition.num_keypoints} ({definition.num_keypoints} keypoints of x, y, v)"
-            return "wrong keypoint count", f"keypoints: expected {expected} numbers, found {len(points)}"
+        for field, count in definition.fields:
+            points = record.get(field)
+            if not isinstance(points, list):
+                return "mistyped record", f"{field}: expected a list, found {shown(points)}"
+            if len(points) != 3 * count:
+                expected = f"{3 * count} ({count} keypoints of x, y, v)"
+                return "wrong keypoint count", f"{field}: expected {expected} numbers, found {len(points)}"
     for field in ("area", "iscrowd", "num_keypoints"):
         if record.get(field) is not None and not isinstance(record[field], bool) and not is_number(record[field]):
             return "mistyped record", f"{field}: expected a number, found {shown(record[field])}"
     if record.get("category_id") is not None and not is_id(record["category_id"]):
         return "mistyped record", f"category_id: expected a number or a string, found {shown(record['category_id'])}"
+    if definition.average_over_categories and record.get("category_id") is None:
+        return "mistyped record", "category_id: none, and the metric is by category"
     return None
+
+
+def _points(record: dict[str, Any], definition: DatasetDefinition) -> list[Any]:
+    """The numbers of all keypoints of a well-typed record."""
+    if not definition.keypoints:
+        return []
+    return [number for field, _ in definition.fields for number in record[field]]
+
+
+def _wrong_points(record: dict[str, Any], definition: DatasetDefinition) -> str:
+    """The first field of keypoints that are not all numbers."""
+    return next(field for field, count in definition.fields if not number_rows([record[field]], 3 * count)[1][0])
 
 
 def _collect(
@@ -168,14 +185,18 @@ def _collect(
     clean = (np.abs(points) <= LARGEST).all(axis=(1, 2))  # NaN is not
     good_box = _check_boxes(records, boxes, areas, sizes, parsed)
     good_points = _check_keypoints(records, points, sizes, parsed)
-    labelled = (points[:, :, 2] > 0).sum(axis=1)
+    labelled = every = (points[:, :, 2] > 0).sum(axis=1)
     if definition.keypoints:
-        labelled = _check_counts(records, labelled, good_points, parsed)
+        first = definition.fields[0][1]
+        labelled = _check_counts(records, (points[:, :first, 2] > 0).sum(axis=1), good_points, parsed)
+    _check_parts(records, points, definition, parsed)
     crowd = np.array([bool(record.get("iscrowd")) for record in records], dtype=bool)
     used = good_box & good_points & ~crowd & (labelled > 0 if definition.keypoints else True)
     _add_instances(records, np.flatnonzero(used), clip_boxes(boxes, sizes), points, areas, definition, parsed)
     sound = np.flatnonzero((np.abs(boxes) <= LARGEST).all(axis=1) & np.isfinite(areas) & good_points)
-    rows = zip(sound.tolist(), areas[sound].tolist(), labelled[sound].tolist(), strict=True)
+    counts = every if definition.parts else labelled
+    clean &= not definition.parts  # their file has them in several fields
+    rows = zip(sound.tolist(), areas[sound].tolist(), counts[sound].tolist(), strict=True)
     truths = [_truth(records[index], area, count, clean[index], points[index]) for index, area, count in rows]
     parsed.coco = ground_truth(truths, parsed.images.values(), definition)
 
@@ -193,8 +214,9 @@ def _add_instances(
         record = records[index]
         image = parsed.images[record["image_id"]]
         size = None if image.width is None or image.height is None else (image.width, image.height)
-        instance = Instance(definition.name, record["id"], image.id, image.path, size, tuple(box), points[index], area)
-        parsed.instances.append(instance)
+        category = record.get("category_id")
+        place = (definition.name, record["id"], image.id, image.path, size, tuple(box))
+        parsed.instances.append(Instance(*place, points[index], area, category=category))
 
 
 def _truth(record: dict[str, Any], area: float, labelled: int, clean: bool, points: np.ndarray) -> dict[str, Any]:
@@ -203,6 +225,7 @@ def _truth(record: dict[str, Any], area: float, labelled: int, clean: bool, poin
     return {
         "id": record["id"],
         "image_id": record["image_id"],
+        "category_id": record.get("category_id"),
         "bbox": record["bbox"],
         "area": area,
         "iscrowd": int(bool(record.get("iscrowd"))),
@@ -282,6 +305,20 @@ def _check_counts(records: list[dict[str, Any]], labelled: np.ndarray, good: np.
             parsed.note(_name(record), "num_keypoints inconsistent", what, dropped=given == 0)
             counts[index] = 0 if given == 0 else counts[index]
     return np.array(counts, dtype=np.int64)
+
+
+def _check_parts(
+    records: list[dict[str, Any]], points: np.ndarray, definition: DatasetDefinition, parsed: Parsed
+) -> None:
+    """Reports parts that are labelled although their annotation says that they can't be."""
+    start = 0
+    for part in definition.parts:
+        labelled = (points[:, start : start + part.count, 2] > 0).sum(axis=1)
+        start += part.count
+        for record, count in zip(records, labelled.tolist(), strict=True):
+            if part.valid is not None and count and not record.get(part.valid, True):
+                what = f"{part.valid} is false, but {count} of {part.field} are labelled: used, as in published evaluations"
+                parsed.note(_name(record), "invalid part labelled", what, dropped=False)
 
 
 def _text(size: np.ndarray) -> str:
