@@ -108,12 +108,12 @@ def _read_vitmae(path: Path, config: Mapping[str, Any], wanted: Wanted) -> Impor
     wanted = _with_settings(wanted, config, (224, 224), f"{path.name}/config.json")
     intake = Intake.of(path.name, read_checkpoint(weights_of(path)), VITMAE)
     _note_eps(intake, config)
-    _fuse(intake, "blocks")
-    _fuse(intake, "decoder_blocks")
     if encoder.pad_patch(intake, wanted):
         wanted = replace(wanted, input_size=None)
         for name in [name for name in intake.tensors if name.startswith(encoder.DECODER)]:
             intake.drop(name, "the decoder predicts patches of another size than the padded ones")
+    _fuse(intake, "blocks")
+    _fuse(intake, "decoder_blocks")
     if not any(name.startswith(encoder.DECODER) for name in intake.tensors):
         return encoder.finish(intake, wanted)
     decoder = {

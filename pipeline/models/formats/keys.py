@@ -55,6 +55,8 @@ class Intake:
     """What was done to values, for people."""
     surplus: list[str] = field(default_factory=list)
     """Their names of what nobody knows."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """Their names of what came in, by our first ones; a file may have older spellings."""
     moved: dict[str, str] = field(default_factory=dict)
     """Prefixes of ours that were renamed, the new one first."""
 
@@ -75,6 +77,7 @@ class Intake:
                 raise ArtifactError(f"{where}: {name} is there twice, once under an older name")
             else:
                 intake.tensors[ours] = tensor
+                intake.origin[ours] = name
         return intake
 
     def theirs(self, ours: str) -> str:
@@ -82,7 +85,7 @@ class Intake:
         for final, prefix in self.moved.items():
             if ours.startswith(f"{final}."):
                 ours = prefix + ours.removeprefix(final)
-        return self.keys.to_theirs(ours) or ours
+        return self.origin.get(ours) or self.keys.to_theirs(ours) or ours
 
     def take(self, ours: str) -> Tensor:
         """A tensor that has to be there. Raises ArtifactError."""

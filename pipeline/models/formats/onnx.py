@@ -91,7 +91,7 @@ def _export(model: _Heatmaps, path: Path) -> None:
         )
 
 
-def check(model: nn.Module, path: Path) -> float | None:
+def check(model: _Heatmaps, path: Path) -> float | None:
     """The largest difference to onnxruntime's heatmaps over batches of 1 and 8, relative; None without onnxruntime."""
     try:
         import onnxruntime

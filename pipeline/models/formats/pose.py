@@ -136,7 +136,8 @@ def finish(intake: Intake, definitions: Sequence[DatasetDefinition], wanted: Wan
     datasets = {definition.name: definition for definition in definitions}
     with torch.device("meta"):
         intake.require(PoseModel(config, {name: found.num_keypoints for name, found in datasets.items()}))
-    codec = CodecConfig(input_size=config.backbone.image_size, heatmap_size=config.heatmap_size)
+    sizes = {"input_size": config.backbone.image_size, "heatmap_size": config.heatmap_size}
+    codec = described(CodecConfig, sizes, intake.where)
     spec = PoseSpec(config=config, datasets=datasets, codec=codec)
     return Imported(spec, intake.tensors, intake.dropped, tuple(intake.changes))
 

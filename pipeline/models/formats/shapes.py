@@ -2,14 +2,15 @@
 
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
 
 from pipeline.config_file import explain
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import SIZES, MAEConfig, PoseConfig
+from pipeline.models.config import SIZES
 from pipeline.models.formats.keys import Intake
 
-Config = TypeVar("Config", MAEConfig, PoseConfig)
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def backbone_shape(
@@ -22,17 +23,13 @@ def backbone_shape(
     without a name. Raises ArtifactError for a missing tensor or positions that do not fit, ConfigError where the file
     leaves something open.
     """
-    weight = intake.take(f"{prefix}patch_embed.proj.weight")
-    if weight.ndim != 4:
-        name = intake.theirs(f"{prefix}patch_embed.proj.weight")
-        raise ArtifactError(f"{intake.where}: {name} has shape {tuple(weight.shape)}, expected (C, 3, p, p)")
+    weight = _take(intake, f"{prefix}patch_embed.proj.weight", "(C, 3, p, p)")
+    positions = _take(intake, f"{prefix}pos_embed", "(1, N, C)")
     width, patch = weight.shape[0], weight.shape[-1]
-    positions = intake.take(f"{prefix}pos_embed")
     depth = len(intake.numbers(f"{prefix}blocks"))
     mlp_width = intake.take(f"{prefix}blocks.0.mlp.fc1.weight").shape[0]
-    count = (positions.shape[1] if positions.ndim == 3 else 0) - slots
-    name = intake.theirs(f"{prefix}pos_embed")
-    rows, columns = _grid(count, patch, input_size, f"{intake.where}: {name} {tuple(positions.shape)}")
+    where = f"{intake.where}: {intake.theirs(f'{prefix}pos_embed')}"
+    rows, columns = _grid(positions.shape[1] - slots, patch, input_size, where)
     return {
         "image_size": (rows * patch, columns * patch),
         "patch_size": patch,
@@ -42,6 +39,16 @@ def backbone_shape(
         "mlp_width": mlp_width,
         "patch_padding": padding,
     }
+
+
+def _take(intake: Intake, name: str, expected: str) -> Tensor:
+    """A tensor with as many dimensions as `expected` names. Raises ArtifactError."""
+    tensor = intake.take(name)
+    if tensor.ndim != expected.count(",") + 1:
+        raise ArtifactError(
+            f"{intake.where}: {intake.theirs(name)} has shape {tuple(tensor.shape)}, expected {expected}"
+        )
+    return tensor
 
 
 def _grid(count: int, patch: int, input_size: tuple[int, int] | None, where: str) -> tuple[int, int]:

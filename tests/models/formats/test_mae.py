@@ -111,7 +111,7 @@ def test_the_configuration_is_told_by_the_shapes(tmp_path: Path) -> None:
 def test_a_grid_that_is_no_square_needs_the_input_size(tmp_path: Path) -> None:
     state = weights(decoder=False) | {"pos_embed": torch.ones(1, 1 + 10, 32)}
     path = pth(tmp_path / "x.pth", state)
-    with pytest.raises(ArtifactError, match=r"x\.pth: pos_embed \(1, 11, 32\) holds the positions of 10 patches"):
+    with pytest.raises(ArtifactError, match=r"x\.pth: pos_embed holds the positions of 10 patches"):
         mae.read(path, Wanted())
     assert mae.read(path, Wanted(input_size=(40, 16))).spec.config.backbone.grid == (5, 2)
     with pytest.raises(ArtifactError, match=r"an input of 32x32 with patches of 8 has 4 x 4"):

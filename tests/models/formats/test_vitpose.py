@@ -58,7 +58,7 @@ def read(path: Path, state: dict[str, Any], *datasets: str, **wanted: Any) -> Im
     return vitpose.read(path / "vitpose.pth", Wanted(datasets=datasets, **{"heads": 4, **wanted}))
 
 
-@pytest.mark.parametrize("decoder", [CLASSIC, SIMPLE, {"deconv_layers": 1, "filters": 8}, {"deconv_layers": 0}])
+@pytest.mark.parametrize("decoder", [CLASSIC, SIMPLE, {"deconv_layers": 1, "filters": 8}, {"deconv_layers": 3}])
 def test_every_tensor_arrives_and_the_class_tokens_position_is_folded(tmp_path: Path, decoder: dict[str, Any]) -> None:
     model = model_of(1, decoder)
     state, positions = original(model)
@@ -66,8 +66,7 @@ def test_every_tensor_arrives_and_the_class_tokens_position_is_folded(tmp_path: 
     expected = {**model.state_dict(), "backbone.pos_embed": positions[:, 1:] + positions[:, :1]}
     assert same(found.tensors, expected) and not found.dropped
     assert found.changes == ("backbone.pos_embed: the class token's position was added to all others",)
-    kinds = {"kind", "deconv_layers", "filters"} if decoder.get("deconv_layers", 2) else {"kind", "deconv_layers"}
-    assert found.spec.config.decoder.model_dump(include=kinds) == config(decoder).decoder.model_dump(include=kinds)
+    assert found.spec.config.decoder == config(decoder).decoder
     assert list(found.spec.datasets) == ["coco"] and found.spec.codec.heatmap_size == config(decoder).heatmap_size
 
 
@@ -171,8 +170,8 @@ def test_experts_that_splitting_left_behind_are_recognised(tmp_path: Path) -> No
         ({"backbone.layers.0.ln1.weight": torch.ones(48)}, r"surplus backbone\.layers\.0\.ln1\.weight"),
         ({"neck.weight": torch.ones(1)}, r"surplus neck\.weight"),
         ({"backbone.blocks.0.attn.qkv.weight": torch.ones(144, 47)}, r"\(144, 47\) instead of \(144, 48\)"),
-        ({"backbone.pos_embed": torch.ones(1, 12, 48)}, r"pos_embed \(1, 11, 48\) holds the positions of 11 patches"),
-        ({"backbone.pos_embed": torch.ones(13)}, r"pos_embed \(13,\) holds the positions of -?\d+ patches"),
+        ({"backbone.pos_embed": torch.ones(1, 12, 48)}, "pos_embed holds the positions of 11 patches"),
+        ({"backbone.pos_embed": torch.ones(13)}, r"pos_embed has shape \(13,\), expected \(1, N, C\)"),
         ({"backbone.patch_embed.proj.weight": torch.ones(48)}, r"proj\.weight has shape \(48,\), expected"),
         ({"keypoint_head.deconv_layers.0.weight": torch.ones(48, 256, 3, 3)}, r"\(48, 256, 3, 3\) instead of"),
     ],
