@@ -23,7 +23,9 @@ def split_experts(intake: Intake, wanted: Sequence[str]) -> list[DatasetDefiniti
     names = VITPOSE_ORDER[: len(experts)]
     found = _already_split(intake, experts)
     if found is None and len(wanted) != 1:
-        raise ConfigError(f"{intake.where}: has experts, a backbone a dataset; name one dataset of {', '.join(names)}")
+        raise ConfigError(
+            f"{intake.where}: has experts, a backbone a dataset; name one (--dataset) of {', '.join(names)}"
+        )
     name = load_definition(wanted[0]).name if wanted else names[found or 0]
     if name not in names:
         raise ConfigError(f"{intake.where}: no expert for dataset {name!r}; the file has {', '.join(names)}")

@@ -40,7 +40,7 @@ class Outgoing:
         names = list(self.spec.datasets)
         chosen = self.dataset or (names[0] if len(names) == 1 else None)
         if chosen is None:
-            raise ConfigError(f"{self.where}: {format} takes one decoder; name a dataset of {', '.join(names)}")
+            raise ConfigError(f"{self.where}: {format} takes one decoder; name one (--dataset) of {', '.join(names)}")
         if chosen not in names:
             raise ConfigError(f"{self.where}: no decoder for dataset {chosen!r}; it has {', '.join(names)}")
         return chosen, self.spec.datasets[chosen]

@@ -101,11 +101,13 @@ def _definition(
     if wanted:
         return next((found for found in wanted if index < len(order) and found.name == order[index]), None)
     if index >= len(order):
-        raise ConfigError(f"{intake.where}: decoder {index} is of an unknown dataset; choose among {', '.join(order)}")
+        raise ConfigError(
+            f"{intake.where}: decoder {index} is of an unknown dataset; choose (--dataset) among {', '.join(order)}"
+        )
     try:
         return load_definition(order[index])
     except ConfigError as error:
-        raise ConfigError(f"{intake.where}: {error}; or choose the datasets whose decoders to take") from None
+        raise ConfigError(f"{intake.where}: {error}; or choose the decoders to take (--dataset)") from None
 
 
 def _require_keypoints(intake: Intake, index: int, definition: DatasetDefinition) -> None:

@@ -65,7 +65,9 @@ def _grid(count: int, patch: int, input_size: tuple[int, int] | None, where: str
         unit = round((count / (rows_of * columns_of)) ** 0.5) if count > 0 else 0
         if unit and unit * unit * rows_of * columns_of == count:
             return unit * rows_of, unit * columns_of
-    raise ArtifactError(f"{where} holds the positions of {count} patches, no 4:3 or square grid; give the input size")
+    raise ArtifactError(
+        f"{where} holds the positions of {count} patches, no 4:3 or square grid; give the input size (--input)"
+    )
 
 
 def described(kind: type[Config], values: dict[str, Any], where: str) -> Config:
@@ -82,7 +84,7 @@ def _heads(width: int, depth: int, mlp_width: int, where: str) -> int:
         if (size["width"], size["depth"], size["mlp_width"]) == (width, depth, mlp_width):
             return size["heads"]
     raise ConfigError(
-        f"{where}: width {width}, depth {depth} and MLP width {mlp_width} are no named size; give the number of heads"
+        f"{where}: width {width}, depth {depth} and MLP width {mlp_width} are no named size; give --heads"
     )
 
 

@@ -27,7 +27,7 @@ def read(path: Path, wanted: Wanted) -> Imported:
     if weight.shape[0] == _UNCLEAR_WIDTH and wanted.heads is None and wanted.model is None:
         raise ConfigError(
             f"{path.name}: timm's small ViTs have 6 heads, MAE's and ViTPose's S has 12, and the tensors look the same; "
-            "give the number of heads"
+            "give --heads"
         )
     slot = torch.zeros_like(positions[:, :1])
     if "cls_token" in intake.tensors:

@@ -99,7 +99,9 @@ def test_each_expert_becomes_a_plain_model_with_their_heatmaps(tmp_path: Path, s
 def test_a_file_with_experts_is_split_for_the_one_dataset_that_is_named(tmp_path: Path) -> None:
     model = theirs(simple=False, experts=6)
     folder = saved(model, tmp_path / "hf")
-    with pytest.raises(ConfigError, match="has experts, a backbone a dataset; name one dataset of coco, aic, mpii"):
+    with pytest.raises(
+        ConfigError, match="has experts, a backbone a dataset; name one \(--dataset\) of coco, aic, mpii"
+    ):
         huggingface.read(folder, Wanted())
     found = huggingface.read(folder, Wanted(datasets=("coco",)))
     assert heatmap_error(built(found)(images())["coco"], heatmaps(model, images())) < 1e-5
@@ -199,7 +201,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"decoder": {"filters": 64}}, r"model\.decoder has 2 deconv_layers of 64 filters; huggingface has 2 of 256"),
     ({"decoder": {"deconv_layers": 1}}, r"model\.decoder has 1 deconv_layers of 256 filters"),
     ({"decoder": CLASSIC, "mlp_width": 100}, r"model\.backbone\.mlp_width 100 is no multiple of width 48"),
-    ({"decoder": CLASSIC, "datasets": ("coco", "aic")}, "takes one decoder; name a dataset of coco, aic"),
+    ({"decoder": CLASSIC, "datasets": ("coco", "aic")}, "takes one decoder; name one \(--dataset\) of coco, aic"),
 ]
 
 

@@ -121,6 +121,6 @@ def test_a_grid_that_is_no_square_needs_the_input_size(tmp_path: Path) -> None:
 def test_heads_of_no_named_size_are_asked_for(tmp_path: Path) -> None:
     state = {name: value for name, value in weights(decoder=False).items() if not name.startswith("blocks.1.")}
     path = pth(tmp_path / "x.pth", state)
-    with pytest.raises(ConfigError, match="give the number of heads"):
+    with pytest.raises(ConfigError, match="give --heads"):
         mae.read(path, Wanted())
     assert mae.read(path, Wanted(heads=4)).spec.config.backbone.heads == 4

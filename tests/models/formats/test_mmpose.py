@@ -146,7 +146,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, 
     [
         ({"decoder": CLASSIC, "tokens": 2}, r"model\.knowledge_tokens is 2; mmpose has room for 1"),
         ({"decoder": CLASSIC, "patch_padding": 0}, r"model\.backbone\.patch_padding is 0; mmpose has 2"),
-        ({"decoder": CLASSIC, "datasets": ("coco", "aic")}, "takes one decoder; name a dataset"),
+        ({"decoder": CLASSIC, "datasets": ("coco", "aic")}, "takes one decoder; name one"),
     ],
 )
 def test_what_their_model_can_not_hold_is_refused_by_name(
