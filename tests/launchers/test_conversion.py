@@ -89,7 +89,10 @@ MISTAKES = [
     (["convert", "hf", "--from", "huggingface", "--out", "x", "--sha256", "0" * 64], "sha256 is"),
     (["convert", "https://host/x.pth", "--from", "mae", "--out", "x"], "--sha256: a URL needs the sha256"),
     (["convert", "none", "--from", "huggingface", "--out", "x"], "this has no weights"),
-    (["convert", "none.pth", "--from", "vitpose", "--out", "x"], "none.pth: no such file"),
+    (
+        ["convert", "none.pth", "--from", "vitpose", "--out", "x"],
+        "none.pth: no such file; check the path of the checkpoint",
+    ),
     (["convert", "hf", "--from", "huggingface", "--out", "x", "--dataset", "cocoo"], "did you mean 'coco'"),
     (["export", "hf", "--to", "onnx", "--out", "x"], "no artifact here"),
     (["export", "hf", "--to", "tflite", "--out", "x"], "--to: no format 'tflite'; one of huggingface, mmpose, onnx"),

@@ -29,6 +29,8 @@ def split_experts(intake: Intake, wanted: Sequence[str]) -> list[DatasetDefiniti
     name = load_definition(wanted[0]).name if wanted else names[found or 0]
     if name not in names:
         raise ConfigError(f"{intake.where}: no expert for dataset {name!r}; the file has {', '.join(names)}")
+    if found is None and name != names[0] and len(intake.numbers("heads")) == 1:
+        raise ConfigError(f"{intake.where}: its only decoder is {names[0]}'s, and {name!r} was asked for")
     if found is None:
         join_expert(intake, names.index(name))
     elif names[found] != name:

@@ -49,6 +49,8 @@ def read_source(source: str, format: str, wanted: Wanted, digest: str | None) ->
 
 
 def _fetch(source: str, target: Path) -> Path:
+    if "://" not in source and not is_file(source):
+        raise DataError(f"{source}: no such file; check the path of the checkpoint")
     target.write_bytes(read_bytes(source, limit=MAX_BYTES))
     return target
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import PoseConfig
-from pipeline.models.formats import vitpose
+from pipeline.models.config import SIZES, PoseConfig
+from pipeline.models.formats import shapes, vitpose
 from pipeline.models.formats.keys import Intake
 from pipeline.models.formats.pose import Imported, Wanted, choose_heads
 from pipeline.models.pose import PoseModel
@@ -194,6 +194,15 @@ def test_the_input_size_has_to_fit_the_positions(tmp_path: Path) -> None:
         read(tmp_path, state, input_size=(256, 192))
     with pytest.raises(ArtifactError, match=r"an input of 60x48 with patches of 16 has 3\.75 x 3"):
         read(tmp_path, state, input_size=(60, 48))
+
+
+def test_sizes_and_grids_of_the_published_files_are_told_by_their_shapes() -> None:
+    assert SIZES["S"]["heads"] == 12
+    for size in SIZES.values():
+        assert shapes._heads(size["width"], size["depth"], size["mlp_width"], "x") == size["heads"]
+    for count, grid in ((192, (16, 12)), (432, (24, 18)), (972, (36, 27)), (196, (14, 14)), (256, (16, 16))):
+        assert shapes._grid(count, 16, None, "x") == grid
+    assert shapes._grid(192, 16, (192, 256), "x") == (12, 16)
 
 
 def test_a_model_that_is_described_is_compared(tmp_path: Path) -> None:
