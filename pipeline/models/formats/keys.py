@@ -82,7 +82,7 @@ class Intake:
 
     def theirs(self, ours: str) -> str:
         """How the file calls a tensor."""
-        for final, prefix in self.moved.items():
+        for final, prefix in reversed(self.moved.items()):
             if ours.startswith(f"{final}."):
                 ours = prefix + ours.removeprefix(final)
         return self.origin.get(ours) or self.keys.to_theirs(ours) or ours

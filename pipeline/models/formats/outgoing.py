@@ -17,7 +17,7 @@ _PLAIN: Mapping[str, frozenset[str]] = {
     "model.backbone": frozenset(
         {"size", "image_size", "patch_size", "width", "depth", "heads", "mlp_width", "patch_padding"}
     )
-    | {"drop_path", "gradient_checkpointing"},  # of training only
+    | {"drop_path", "gradient_checkpointing", "positions"},  # of training only
     "model.decoder": frozenset({"kind", "deconv_layers", "filters"}),
 }
 """The settings that every format knows, or that make no difference to a finished model."""

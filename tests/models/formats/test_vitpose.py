@@ -93,6 +93,13 @@ def test_of_several_decoders_those_that_are_named_are_taken(tmp_path: Path) -> N
         read(tmp_path, original(model)[0], "coco", "crowdpose")
 
 
+def test_a_tensor_of_a_later_decoder_is_named_as_in_the_file(tmp_path: Path) -> None:
+    state, _ = original(model_of(3))
+    del state["associate_keypoint_heads.1.deconv_layers.3.weight"]
+    with pytest.raises(ArtifactError, match=r"missing associate_keypoint_heads\.1\.deconv_layers\.3\.weight"):
+        read(tmp_path, state)
+
+
 def test_a_single_decoder_is_of_the_dataset_that_is_named(tmp_path: Path) -> None:
     """The public tool that splits a file makes every decoder the first."""
     model = randomise(PoseModel(config(CLASSIC), {"aic": 14}))
