@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.errors import ConfigError
+from pipeline.models.config import ViTConfig
 from pipeline.models.formats.keys import KeyMap
 from pipeline.models.formats.pose import PADDING
 from pipeline.models.loading import PoseSpec
@@ -51,6 +52,8 @@ class Outgoing:
         Settings are known by name: one that came later counts as impossible unless it has its default.
         """
         config = self.spec.config
+        if not isinstance(config.backbone, ViTConfig):
+            raise ConfigError(f"{self.where}: model.backbone is no vision transformer; {format} has nothing else")
         sections: dict[str, BaseModel] = {
             "model": config,
             "model.backbone": config.backbone,

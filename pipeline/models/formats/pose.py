@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import DatasetDefinition, load_definition
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import MAEConfig, PoseConfig
+from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
 from pipeline.models.formats.keys import Intake
 from pipeline.models.formats.shapes import backbone_shape, decoder_shape, described
 from pipeline.models.loading import MAESpec, PoseSpec
@@ -147,8 +147,8 @@ def finish(intake: Intake, definitions: Sequence[DatasetDefinition], wanted: Wan
 def _as_described(wanted: Wanted, where: str, tokens: int) -> PoseConfig:
     """The configured model, where it can be one of ViTPose's formats at all."""
     model = wanted.model
-    if not isinstance(model, PoseConfig):
-        raise ConfigError(f"{where}: holds a pose model; describe one: model.backbone and model.decoder")
+    if not isinstance(model, PoseConfig) or not isinstance(model.backbone, ViTConfig):
+        raise ConfigError(f"{where}: holds a pose model with a ViT; describe it: model.backbone and model.decoder")
     if model.backbone.patch_padding != PADDING:
         raise ConfigError(
             f"{where}: its format has model.backbone.patch_padding {PADDING}, found {model.backbone.patch_padding}"

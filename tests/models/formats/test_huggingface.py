@@ -227,6 +227,10 @@ def test_a_setting_that_came_later_is_refused_unless_it_is_off(tmp_path: Path) -
                 huggingface.write(outgoing, tmp_path)
         else:
             huggingface.write(outgoing, tmp_path)
+    other = outgoing.spec.config.model_copy(update={"backbone": outgoing.spec.config.decoder})
+    object.__setattr__(outgoing, "spec", outgoing.spec.model_copy(update={"config": other}))
+    with pytest.raises(ConfigError, match=r"model\.backbone is no vision transformer; huggingface has nothing else"):
+        huggingface.write(outgoing, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +293,7 @@ def test_a_model_that_is_described_otherwise_is_refused(folder: Path) -> None:
         model = PoseConfig.model_validate({**described, "backbone": {**described["backbone"], key: value}})
         with pytest.raises(ConfigError, match=message):
             huggingface.read(folder, Wanted(model=model))
-    with pytest.raises(ConfigError, match="holds a pose model; describe one"):
+    with pytest.raises(ConfigError, match="holds a pose model with a ViT; describe it"):
         huggingface.read(folder, Wanted(model=MAEConfig.model_validate({"backbone": {"size": "micro"}})))
 
 
