@@ -176,6 +176,64 @@ def split_model(
     typer.echo(f"{found.path}: {dataset} alone, {found.digest[:12]}")
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Checkpoint file, or Hugging Face folder; a path or an fsspec URL.")],
+    format: Annotated[str, typer.Option("--from", help="mae, vitpose (ViTPose+, too), mmpose, huggingface or timm.")],
+    out: Annotated[Path, typer.Option(help="Folder of the artifact; must not be there yet.")],
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Whose decoder to take, several times for several; unset: all of them, COCO for a single one."
+        ),
+    ] = None,
+    input_size: Annotated[
+        str | None, typer.Option("--input", metavar="HxW", help="Input size, where the positions do not tell it.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads, where the width does not tell them.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Licence of the weights, kept with everything made of them.")
+    ] = None,
+    sha256: Annotated[str | None, typer.Option(help="Digest that the file must have; needed for a URL.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn others' weights into an artifact. Nothing in the file is executed; every tensor is accounted for."""
+    from launchers import conversion
+
+    found = conversion.convert(source, format, out, dataset or [], input_size, heads, licence, sha256)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for line in found["report"]:
+        typer.echo(line)
+    typer.echo(f"artifact {found['digest'][:12]} in {out}: {', '.join(map(str, found['model'].values()))}")
+
+
+@app.command()
+def export(
+    artifact: Annotated[str, typer.Argument(help="Folder of a pose model's artifact, or mlflow:RUN_ID.")],
+    format: Annotated[str, typer.Option("--to", help="huggingface, mmpose or onnx.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files; must not be there yet.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Whose decoder; needed where the format takes one of several.")
+    ] = None,
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, for mlflow:RUN_ID.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a pose model in somebody else's format, exactly or not at all."""
+    from launchers import conversion
+
+    found = conversion.export(artifact, format, out, dataset, tracking_uri)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for line in found["report"]:
+        typer.echo(line)
+    typer.echo(f"{', '.join(found['files'])} in {out}")
+
+
 @data_app.command("check")
 def data_check(
     dataset: Annotated[str, typer.Argument(help="Name of a dataset definition (coco, aic, mpii, ...) or a YAML.")],

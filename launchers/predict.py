@@ -1,18 +1,17 @@
 """What `vitruvian predict` does: files in, `keypoints.json` and pictures out."""
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from launchers.artifact_source import local_artifact
 from pipeline.data.images import decode_image, read_bytes
-from pipeline.errors import ArtifactError, ConfigError, DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.pictures import draw_skeleton, save_jpg
 from pipeline.files import read_json, require_writable, write_json
 from pipeline.predictor import Predictor
-from pipeline.tracking.download import download
 
 
 def predict_files(
@@ -26,7 +25,7 @@ def predict_files(
 ) -> dict[str, Any]:
     """Predicts on every image and writes the results. Returns the content of `keypoints.json`."""
     with tempfile.TemporaryDirectory() as folder:
-        predictor = Predictor(_local(artifact, tracking_uri, Path(folder)), dataset, flip=flip)
+        predictor = Predictor(local_artifact(artifact, tracking_uri, Path(folder)), dataset, flip=flip)
     stems = [path.stem for path in images]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
@@ -54,20 +53,6 @@ def predict_files(
     }
     write_json(out / "keypoints.json", content)
     return content
-
-
-def _local(artifact: str, tracking_uri: str | None, folder: Path) -> Path:
-    """The artifact's folder, downloaded from MLflow where it is named by a run."""
-    if not artifact.startswith("mlflow:"):
-        return Path(artifact)
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        raise ConfigError(f"{artifact}: say where MLflow is, by --tracking-uri or MLFLOW_TRACKING_URI")
-    try:
-        download(uri, folder, run_id=artifact.removeprefix("mlflow:"))
-    except Exception as error:  # whatever MLflow raises
-        raise ArtifactError(f"{artifact}: not to be had from {uri}: {str(error).splitlines()[0][:160]}") from None
-    return folder / "artifact"
 
 
 def _read_boxes(path: Path) -> dict[str, list[tuple[float, float, float, float]]]:

@@ -1,22 +1,20 @@
 """Stage kind `import`: others' weights as an artifact, where a stage wants one.
 
-Reads a file, by path or URL with its sha256. Writes what `mae` writes, the encoder alone. The papers' main rows start
-from the ImageNet MAE weights that facebookresearch/mae publishes.
+Reads a file, or a Hugging Face folder, by path or URL with its sha256. Writes an encoder, as `mae` does, or a pose model,
+as `finetune` does, depending on the format. The papers' main rows start from the ImageNet MAE weights that
+facebookresearch/mae publishes.
 """
 
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config import StageConfig
 from pipeline.context import Context
-from pipeline.models.config import MAEConfig
+from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.strict import Strict
-
-MAX_BYTES = 1 << 36
-"""Of a checkpoint file."""
 
 
 class Inputs(Strict):
@@ -30,15 +28,30 @@ class Config(StageConfig):
     inputs: Inputs = Inputs()
     """No artifact is read."""
     source: str
-    """Path or fsspec URL of the file."""
+    """Path or fsspec URL of the file; of the folder for huggingface."""
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
-    """Of the file; anything else is refused. Needed for a URL; for a local file the digest found is recorded."""
-    format: Literal["mae"] = "mae"
-    """mae: a .pth or .safetensors of facebookresearch/mae, pretrained or finetune-ready."""
-    model: MAEConfig
-    """What the weights are of; a patch of 14 is padded to 16 with zeros, as in ViTPose."""
+    """Of the file, or of the weights in a folder; anything else is refused. Needed for a URL; for a local file the
+    digest found is recorded."""
+    format: Literal["mae", "vitpose", "mmpose", "huggingface", "timm"] = "mae"
+    """mae: a .pth or .safetensors of facebookresearch/mae, pretrained or finetune-ready; vitpose: the original ViTPose or
+    ViTPose+; mmpose: 1.x; huggingface: VitPose or ViTMAE; timm: a plain VisionTransformer."""
+    datasets: list[str] = []
+    """Whose decoders a pose model has: names or YAML files of dataset definitions. Empty: those of the file, COCO's for a
+    single one. ViTPose+ is split for exactly one."""
+    model: MAEConfig | PoseConfig
+    """What the weights are of: a pose model for vitpose and mmpose, an encoder for mae and timm, and for huggingface a pose
+    model if it has a `decoder`. An encoder's patch of 14 is padded to 16 with zeros, as in ViTPose."""
     licence: str
     """Of the weights."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _of_the_format(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        format = info.data.get("format")
+        pose = format in ("vitpose", "mmpose") or (format == "huggingface" and "decoder" in value)
+        return (PoseConfig if pose else MAEConfig).model_validate(value)
 
     @model_validator(mode="after")
     def _urls_are_pinned(self) -> "Config":
@@ -46,29 +59,31 @@ class Config(StageConfig):
             raise ValueError("a URL needs the sha256 of what lies there")
         return self
 
+    @model_validator(mode="after")
+    def _datasets_are_of_decoders(self) -> "Config":
+        if self.datasets and isinstance(self.model, MAEConfig):
+            raise ValueError("datasets name decoders, and an encoder has none; leave them out")
+        return self
+
     def files(self) -> list[str]:
-        """The weights, where they lie on this machine."""
-        return [] if "://" in self.source else [self.source]
+        """The weights, where they lie on this machine, and definitions of the user's own."""
+        own = [name for name in self.datasets if name.endswith((".yaml", ".yml"))]
+        if "://" in self.source:
+            return own
+        inside = ("config.json", "model.safetensors", "pytorch_model.bin") if self.format == "huggingface" else ("",)
+        return [*own, *(str(Path(self.source) / name) if name else self.source for name in inside)]
 
 
 def run(context: Context, config: Config) -> None:
     """Fetches, verifies, converts and publishes."""
-    from pipeline.data.images import read_bytes
-    from pipeline.errors import DataError
-    from pipeline.files import sha256
-    from pipeline.models.loading import MAESpec, save_model
-    from pipeline.models.official import read_mae
+    from pipeline.models.formats.pose import Wanted
+    from pipeline.models.formats.registry import read_source
+    from pipeline.models.loading import save_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / ("weights" + Path(config.source).suffix)
-        local.write_bytes(read_bytes(config.source, limit=MAX_BYTES))
-        found = sha256(local)
-        if config.sha256 not in (None, found):
-            raise DataError(f"{config.source}: sha256 is {found}, expected {config.sha256}")
-        tensors, dropped = read_mae(local, config.model)
+    wanted = Wanted(datasets=tuple(config.datasets), model=config.model)
+    imported, digest = read_source(config.source, config.format, wanted, config.sha256)
 
     def fill(staged: Path) -> None:
-        save_model(staged, MAESpec(config=config.model, encoder_only=True), tensors)
+        save_model(staged, imported.spec, imported.tensors)
 
-    about = {"source": config.source, "sha256": found, "left out": ", ".join(dropped) or "nothing"}
-    context.publish(fill, licences=[config.licence], about=about)
+    context.publish(fill, licences=[config.licence], about=imported.about(config.source, digest))

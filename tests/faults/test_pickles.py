@@ -19,8 +19,8 @@ from pipeline.checkpoint import ResumePoints, load_best, load_buffers, load_tens
 from pipeline.distributed import World
 from pipeline.errors import ArtifactError, CheckpointError
 from pipeline.files import read_json, sha256, write_json
+from pipeline.models.formats.files import read_checkpoint
 from pipeline.models.loading import load_model, load_token
-from pipeline.models.official import read_checkpoint
 from pipeline.predictor import Predictor
 from stages import module_of
 from tests.faults.fixtures import change_json, context, publish_pose, publish_token, republish
