@@ -18,7 +18,8 @@ def layer_decay_groups(model: PoseModel, lr: float, weight_decay: float, layer_d
 
     With n = depth + 2 layers, layer 0 is the patch and position embedding, layer i + 1 is block i, and layer n - 1 is
     the rest (last norm, decoders); lr_scale = layer_decay ** (n - 1 - layer). Frozen parameters are left out. No
-    weight decay for 1-D parameters, biases and the position embedding.
+    weight decay for 1-D parameters, biases and the position embedding. A learned knowledge token, which enters beside
+    the patches, is treated as the position embedding.
     """
     last = model.config.backbone.depth + 1
 
@@ -36,7 +37,7 @@ def plain_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 def _layer(name: str, last: int) -> int:
-    if name == "backbone.pos_embed" or name.startswith("backbone.patch_embed."):
+    if name in ("backbone.pos_embed", "knowledge_token") or name.startswith("backbone.patch_embed."):
         return 0
     if name.startswith("backbone.blocks."):
         return int(name.split(".")[2]) + 1
@@ -48,7 +49,7 @@ def _group(module: nn.Module, weight_decay: float, lr_scale: Callable[[str], flo
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim == 1 or name.endswith(".bias") or "pos_embed" in name
+        plain = parameter.ndim == 1 or name.endswith(".bias") or "pos_embed" in name or name == "knowledge_token"
         key = lr_scale(name), 0.0 if plain else weight_decay
         empty = {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}
         group = groups.setdefault(key, empty)
