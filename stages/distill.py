@@ -189,7 +189,9 @@ def _objective(setup: "PoseSetup", config: Config, student: "PoseModel", teacher
     size = config.global_batch_size
     samples = size * config.total_steps(len(setup.collection.shards))
     weight = TeacherWeight(
-        terms.output_weight if every is None else every.weight, samples if terms.output_decay == "linear" else None, size
+        terms.output_weight if every is None else every.weight,
+        samples if terms.output_decay == "linear" else None,
+        size,
     )
     precision = setup.context.pipeline.engine.precision
     shared = student, setup.codec, setup.collection.learnable, teacher
