@@ -40,8 +40,9 @@ def main() -> None:
     world = world_from_environment(RuntimeConfig(device="cpu"))
     start_process_group(world)
     teacher, student = _model(1, 0), _model(0, 1)
-    for decoder in teacher.decoders.values():
-        torch.nn.init.normal_(decoder.final_layer.weight, std=30.0)
+    for model, std in ((teacher, 30.0), (student, 0.1)):
+        for decoder in model.decoders.values():
+            torch.nn.init.normal_(decoder.final_layer.weight, std=std)
     assert student.knowledge_token is not None
     torch.nn.init.normal_(student.knowledge_token)
     student.learn_token()
@@ -66,7 +67,7 @@ def main() -> None:
         losses = []
         for step in steps:
             outcome = engine.train_step(
-                _batches(world.rank), lambda group: 1e-2 * group["lr_scale"], lambda micro, step=step: step
+                _batches(world.rank), lambda group: 1e-3 * group["lr_scale"], lambda micro, step=step: step
             )
             losses.append(outcome.loss)
             shared.update({name: float(value) for name, value in outcome.scalars.items()})

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from pipeline.artifacts import Artifact, read_artifact
@@ -146,6 +147,16 @@ def test_people_without_keypoints_need_somebody_who_teaches_them(
     assert "\n" not in str(caught.value)
 
 
+def pipeline_file(folder: Path, shared: dict[str, Artifact], datasets: list[str], terms: dict[str, Any]) -> Path:
+    """A pipeline that makes its shards itself."""
+    stage = section(shared, {"shards": "shards", "teacher": "teacher"}, **terms)
+    stage["inputs"]["shards"] = "crops"
+    crops = {"kind": "shards", "inputs": {"data": str(folder)}, "datasets": datasets}
+    file = folder / "pipeline.yaml"
+    file.write_text(yaml.safe_dump({"name": "tiny", "stages": {"crops": crops, "one": stage}}))
+    return file
+
+
 @pytest.mark.parametrize(
     ("datasets", "terms", "said"),
     [
@@ -156,13 +167,21 @@ def test_people_without_keypoints_need_somebody_who_teaches_them(
 def test_the_pipeline_file_is_refused_before_any_shard_is_made(
     tmp_path: Path, shared: dict[str, Artifact], datasets: list[str], terms: dict[str, Any], said: str
 ) -> None:
-    stage = section(shared, {"shards": "shards", "teacher": "teacher"}, **terms)
-    stage["inputs"]["shards"] = "crops"
-    crops = {"kind": "shards", "inputs": {"data": str(tmp_path)}, "datasets": datasets}
-    file = tmp_path / "pipeline.yaml"
-    file.write_text(str({"name": "tiny", "stages": {"crops": crops, "one": stage}}))  # JSON-like, which YAML reads
-    with pytest.raises(ConfigError, match=said):
-        load_pipeline(file, [], KINDS)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_pipeline(pipeline_file(tmp_path, shared, datasets, terms), [], KINDS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dry_run_shows_the_student_that_learns_from_people_without_keypoints(
+    tmp_path: Path, shared: dict[str, Artifact], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its decoders are those of the datasets with keypoints."""
+    from launchers.dry_run import print_dry_run
+
+    file = pipeline_file(tmp_path, shared, ["coco", "people"], {"every_skeleton": {"floor": 0.3}})
+    print_dry_run(load_pipeline(file, [f"workspace={tmp_path / 'workspace'}"], KINDS))
+    printed = capsys.readouterr().out
+    assert "one" in printed and "4 = 4 x 1 x 1" in printed
 
 
 @pytest.fixture
