@@ -247,7 +247,7 @@ def _sources(config: StageConfig) -> list[DatasetSource]:
 
 
 def _definition(source: DatasetSource) -> dict[str, Any]:
-    return load_definition(source.name).model_dump(mode="json")
+    return fingerprint_view(load_definition(source.name))
 
 
 def _digest_of_raw_data(root: str, sources: list[DatasetSource]) -> str:

@@ -6,6 +6,7 @@ accumulation is the mean over the global batch.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from pipeline.data.codec import CodecConfig, encode
 from pipeline.distributed import autocast
+from pipeline.models.knowledge_token import INITIAL
 from pipeline.models.mae import MAE
-from pipeline.models.pose import PoseModel
+from pipeline.models.pose import Heatmaps, PoseModel
 from pipeline.models.preprocessing import normalise
 
 Batch = Mapping[str, Any]
-Heatmaps = dict[str, tuple[Tensor, Tensor]]
 
 
 def heatmap_loss(predicted: Tensor, target: Tensor, keypoint_weight: Tensor, sample_weight: Tensor) -> Tensor:
@@ -47,8 +48,8 @@ class MAEObjective(nn.Module):
 class PoseObjective(nn.Module):
     """Heatmap regression by several decoders: ground truth teaches only its own dataset's decoder."""
 
-    def __init__(self, model: PoseModel, codec: CodecConfig, datasets: Sequence[str]) -> None:
-        """datasets: the names that the batch's `dataset` column indexes."""
+    def __init__(self, model: PoseModel, codec: CodecConfig, datasets: Sequence[str | None]) -> None:
+        """datasets: what the batch's `dataset` column indexes, None for people without keypoints."""
         super().__init__()
         self.model, self.codec, self.datasets = model, codec, list(datasets)
 
@@ -61,7 +62,7 @@ class PoseObjective(nn.Module):
     def ground_truth_losses(self, found: Heatmaps, batch: Batch) -> dict[str, Tensor]:
         """Each dataset's share of the loss, for every dataset on every rank."""
         targets, weights = encode(batch["keypoints"], batch["visible"], self.codec)
-        losses = {name: targets.new_zeros(()) for name in self.datasets}
+        losses = {name: targets.new_zeros(()) for name in self.datasets if name is not None}
         for name, (rows, heatmaps) in found.items():
             count = heatmaps.shape[1]
             error = heatmap_loss(heatmaps, targets[rows, :count], weights[rows, :count], batch["weight"][rows])
@@ -78,7 +79,7 @@ class TokenObjective(nn.Module):
         super().__init__()
         width = teacher.config.backbone.width
         self.token = nn.Parameter(torch.empty(1, num_tokens, width))
-        nn.init.trunc_normal_(self.token, std=0.02)
+        nn.init.trunc_normal_(self.token, std=INITIAL)
         # In a tuple, the engine neither sees nor shards nor trains the teacher.
         self._teacher = (teacher.eval().requires_grad_(False),)
         self._pose = (PoseObjective(teacher, codec, datasets),)
@@ -92,27 +93,45 @@ class TokenObjective(nn.Module):
         return sum(losses.values(), zero), {f"loss_{name}": loss for name, loss in losses.items()}
 
 
+@dataclass(frozen=True)
+class TeacherWeight:
+    """The weight of a teacher's term beside the ground truth's."""
+
+    value: float
+    falls_over: int | None = None
+    """Samples of the whole stage, over which it falls linearly to 0 (Yang et al., DWPose); None: constant."""
+    step_of: int = 1
+    """Samples of a step: all of them have the weight of its first."""
+
+    def at(self, batch: Batch) -> Tensor | float:
+        """The weight in this micro-batch: a pure function of its positions, so that a resumed run needs no state."""
+        if self.falls_over is None:
+            return self.value
+        first = batch["position"][0] // self.step_of * self.step_of
+        return self.value * (1 - first / self.falls_over).clamp(min=0)
+
+
 class DistillObjective(nn.Module):
     """Ground truth plus, where asked for, the teacher's heatmaps (ViTPose, eq. 6).
 
-    Token distillation needs nothing here: the student carries the projected token as a buffer.
+    Token distillation needs nothing here: the student carries the token.
     """
 
     def __init__(
         self,
         student: PoseModel,
         codec: CodecConfig,
-        datasets: Sequence[str],
+        datasets: Sequence[str | None],
         teacher: PoseModel | None,
         *,
-        output_weight: float,
+        weight: TeacherWeight,
         labelled_only: bool,
         precision: str,
     ) -> None:
         """teacher: None for ground truth alone; it is neither trained nor sharded, and runs in its own autocast."""
         super().__init__()
         self.model = student
-        self.output_weight, self.labelled_only, self.precision = output_weight, labelled_only, precision
+        self.weight, self.labelled_only, self.precision = weight, labelled_only, precision
         self._pose = (PoseObjective(student, codec, datasets),)
         self._teacher = (teacher.eval().requires_grad_(False) if teacher is not None else None,)
 
@@ -124,7 +143,7 @@ class DistillObjective(nn.Module):
         truth = sum(pose.ground_truth_losses(found, batch).values(), zero)
         if teacher is None:
             return truth, {"loss_ground_truth": truth}
-        imitation = self._teacher_loss(teacher, images, found, batch) * self.output_weight
+        imitation = self._teacher_loss(teacher, images, found, batch) * self.weight.at(batch)
         return truth + imitation, {"loss_ground_truth": truth, "loss_teacher": imitation}
 
     def _teacher_loss(self, teacher: PoseModel, images: Tensor, found: Heatmaps, batch: Batch) -> Tensor:

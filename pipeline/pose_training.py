@@ -50,13 +50,16 @@ class PoseSetup:
     spec: PoseSpec
 
     @classmethod
-    def of(cls, context: Context, config: PoseTrainingConfig) -> "PoseSetup":
-        """Opens the shards and fixes the codec. Raises ConfigError or ArtifactError where they do not fit."""
+    def of(cls, context: Context, config: PoseTrainingConfig, unlabelled: bool = False) -> "PoseSetup":
+        """Opens the shards and fixes the codec; `unlabelled`: they may hold people without keypoints.
+
+        Raises ConfigError or ArtifactError where they do not fit.
+        """
         input_hw = config.model.backbone.image_size
         collection = open_shards(context.artifact("shards"), input_hw, context.sample_cache)
-        collection.require_keypoints()
+        collection.require_keypoints(unlabelled)
         codec = CodecConfig(input_size=input_hw, heatmap_size=config.model.heatmap_size, sigma=config.sigma)
-        spec = PoseSpec(config=config.model, datasets=collection.definitions, codec=codec)
+        spec = PoseSpec(config=config.model, datasets=collection.labelled, codec=codec)
         return cls(context, config, collection, spec)
 
     @property

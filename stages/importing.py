@@ -7,14 +7,14 @@ facebookresearch/mae publishes.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config import StageConfig
 from pipeline.context import Context
 from pipeline.models.config import MAEConfig, PoseConfig
-from pipeline.strict import Strict
+from pipeline.strict import AddedLater, Strict
 
 
 class Inputs(Strict):
@@ -35,7 +35,7 @@ class Config(StageConfig):
     format: Literal["mae", "vitpose", "mmpose", "huggingface", "timm"] = "mae"
     """mae: a .pth or .safetensors of facebookresearch/mae, pretrained or finetune-ready; vitpose: the original ViTPose or
     ViTPose+; mmpose: 1.x; huggingface: VitPose or ViTMAE; timm: a plain VisionTransformer."""
-    datasets: list[str] = []
+    datasets: Annotated[list[str], AddedLater] = []
     """Whose decoders a pose model has: names or YAML files of dataset definitions. Empty: those of the file, COCO's for a
     single one. ViTPose+ is split for exactly one."""
     model: MAEConfig | PoseConfig

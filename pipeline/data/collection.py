@@ -59,6 +59,16 @@ class Collection:
         return {name: self.description.datasets[name] for name in self.names}
 
     @property
+    def labelled(self) -> dict[str, DatasetDefinition]:
+        """The definitions of datasets with keypoints."""
+        return {name: definition for name, definition in self.definitions.items() if definition.num_keypoints}
+
+    @property
+    def learnable(self) -> list[str | None]:
+        """`names`, with None for people without keypoints: what a sample's dataset index means to a pose model."""
+        return [name if name in self.labelled else None for name in self.names]
+
+    @property
     def is_remote(self) -> bool:
         """True where reading at random costs a request each."""
         return "://" in self.description.base
@@ -72,13 +82,16 @@ class Collection:
         """Lines for a card."""
         return {"samples": ", ".join(f"{name} {count}" for name, count in self.counts().items())}
 
-    def require_keypoints(self) -> None:
-        """Raises ConfigError if a dataset has no keypoints to learn from."""
+    def require_keypoints(self, unlabelled: bool = False) -> None:
+        """Raises ConfigError if a dataset has no keypoints to learn from; with `unlabelled` only if none has any."""
         for name, definition in self.definitions.items():
-            if not definition.num_keypoints:
+            if not definition.num_keypoints and not unlabelled:
                 raise ConfigError(
-                    f"the shards hold {name!r}, people without keypoints: pretrain on them, but leave them out here"
+                    f"the shards hold {name!r}, people without keypoints: pretrain on them or distil with "
+                    f"distillation.every_skeleton, but leave them out here"
                 )
+        if not self.labelled:
+            raise ConfigError("the shards hold people without keypoints only: add a dataset that has some")
 
     def require_same(self, datasets: Mapping[str, DatasetDefinition], whose: str) -> None:
         """Raises ConfigError if a dataset's keypoints differ from those that a model was trained on, or are unknown to it."""

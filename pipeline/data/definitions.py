@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config_file import did_you_mean, explain, read_yaml
 from pipeline.data.readers import files
 from pipeline.errors import ConfigError
-from pipeline.strict import Strict
+from pipeline.strict import AddedLater, Strict
 
 
 class Licence(Strict):
@@ -31,7 +31,7 @@ class SplitFiles(Strict):
     """Annotation files."""
     images: tuple[str, ...]
     """Folders that hold the images."""
-    nested: bool = False
+    nested: Annotated[bool, AddedLater] = False
     """The images lie in folders below; unset: at least one lies in the folder itself, or it is not taken for theirs."""
     detections: tuple[str, ...] = ()
     """Boxes of a person detector (a list of image_id, category_id, bbox, score), for evaluation."""
@@ -68,14 +68,14 @@ class DatasetDefinition(Strict):
     metric: Literal["coco", "aic", "crowdpose", "pckh", "none"]
     """coco: AP with the annotated areas; aic: AP with area 0.53 x width x height of the box; crowdpose: as aic, and by
     crowd index; pckh: MPII's."""
-    average_over_categories: bool = False
+    average_over_categories: Annotated[bool, AddedLater] = False
     """AP and AR are means over the categories of the annotation file (species), each evaluated on its own, as published
     for AP-10K; needs annotated boxes. Unset: all categories are one."""
     half_body_min_keypoints: int | None = Field(ge=0)
     """Half-body augmentation only if strictly more keypoints are labelled; null: never."""
     keypoints: tuple[str, ...]
     """Names, in the order of the annotation files."""
-    parts: tuple[KeypointPart, ...] = ()
+    parts: Annotated[tuple[KeypointPart, ...], AddedLater] = ()
     """Where annotations keep their keypoints in several fields: these, in order, together all keypoints. AP is that of
     all of them, and each part has its own. Who has no keypoint of the first part is not used (the released COCO-WholeBody
     code: the body). A visibility may be any number here; above 0 is labelled. Empty: all are in `keypoints`."""

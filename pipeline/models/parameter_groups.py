@@ -19,7 +19,8 @@ def layer_decay_groups(model: PoseModel, lr: float, weight_decay: float, layer_d
     A ViT of n = depth + 2 layers: layer 0 is the patch and position embedding, layer i + 1 is block i, and layer n - 1 is
     the rest (last norm, decoders); lr_scale = layer_decay ** (n - 1 - layer). A backbone without such blocks has one
     rate. Frozen parameters are left out. No weight decay for 1-D parameters, biases, the position embedding and relative
-    positions (Swin's code).
+    positions (Swin's code). A learned knowledge token, which enters beside the patches, is treated as the position
+    embedding.
     """
     last = model.config.backbone.decay_blocks + 1
 
@@ -52,7 +53,7 @@ def freeze(model: PoseModel, part: Literal["attention", "ffn"]) -> None:
 
 
 def _layer(name: str, last: int) -> int:
-    if name == "backbone.pos_embed" or name.startswith("backbone.patch_embed."):
+    if name in ("backbone.pos_embed", "knowledge_token") or name.startswith("backbone.patch_embed."):
         return 0
     if name.startswith("backbone.blocks."):
         return int(name.split(".")[2]) + 1
@@ -64,7 +65,7 @@ def _group(module: nn.Module, weight_decay: float, lr_scale: Callable[[str], flo
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        positions = "pos_embed" in name or name.endswith("relative_positions")
+        positions = "pos_embed" in name or name.endswith("relative_positions") or name == "knowledge_token"
         plain = parameter.ndim == 1 or name.endswith(".bias") or positions
         key = lr_scale(name), 0.0 if plain else weight_decay
         empty = {"params": [], "names": [], "lr_scale": key[0], "weight_decay": key[1]}

@@ -1,7 +1,7 @@
 """A pose model: one shared backbone and a decoder for each dataset (ViTPose, section 3.3)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,18 @@ from pipeline.models.decoders import make_decoder
 from pipeline.models.vit import count
 
 _TAKEN = frozenset(dir(nn.ModuleDict()))
+Heatmaps = dict[str, tuple[Tensor, Tensor]]
+"""By dataset: rows (b,) int64 of a batch, and their heatmaps (b, K, h, w)."""
 
 
 class PoseModel(nn.Module):
     """Images to heatmaps by dataset.
 
     `keypoints` gives K for each dataset, and its order is the order in which decoders run. `knowledge_token` is a
-    buffer (1, T, C) that the state dict keeps, zero until somebody copies a fitted token in, or None. Weights are
-    torch's defaults until `init_weights` or `load_state_dict`. With `expert_width` the backbone has an expert for each
-    dataset, too (ViTPose+), and features depend on whose they are. Raises ConfigError for a dataset name that can't be
-    a module's name, for K < 1 and for no dataset at all.
+    buffer (1, T, C) that the state dict keeps, zero until somebody copies a fitted token in, or None; `learn_token`
+    makes it a parameter. Weights are torch's defaults until `init_weights` or `load_state_dict`. With `expert_width` the
+    backbone has an expert for each dataset, too (ViTPose+), and features depend on whose they are. Raises ConfigError for
+    a dataset name that can't be a module's name, for K < 1 and for no dataset at all.
     """
 
     knowledge_token: Tensor | None
@@ -48,6 +50,13 @@ class PoseModel(nn.Module):
             decoder.init_weights()
         if self.knowledge_token is not None:
             self.knowledge_token.zero_()
+
+    def learn_token(self) -> None:
+        """Makes the knowledge token, with the value that it has, a parameter; the state dict's names stay the same."""
+        token = self.knowledge_token
+        assert token is not None, "the model has no knowledge token"
+        del self.knowledge_token
+        self.knowledge_token = nn.Parameter(token.detach().clone())
 
     def features(self, images: Tensor, tokens: Tensor | None = None, owners: Tensor | str | None = None) -> Tensor:
         """Features (B, C, Hp, Wp); `tokens` (1 or B, T, C) are appended after the model's own knowledge token.
@@ -93,38 +102,65 @@ class PoseModel(nn.Module):
         return {name: self.decoders[name](features.index_select(0, own)) for name, own in rows.items()}
 
     def forward_mixed(
-        self, images: Tensor, dataset_index: Tensor, names: Sequence[str], tokens: Tensor | None = None
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        self, images: Tensor, dataset_index: Tensor, names: Sequence[str | None], tokens: Tensor | None = None
+    ) -> tuple[Heatmaps, Tensor]:
         """Each decoder on the samples of its own dataset only, so that batch norm never mixes datasets.
 
-        Sample b, of images (B, 3, H, W), belongs to dataset `names[dataset_index[b]]`. Returns, for each dataset in
-        this batch, its rows (b,) int64 in the batch and their heatmaps (b, K, h, w); and a scalar `zero`, which the
-        caller adds to the loss. A decoder without samples runs on one feature in eval mode and feeds only `zero`: all
+        Sample b, of images (B, 3, H, W), belongs to dataset `names[dataset_index[b]]`, or where that is None to no
+        decoder: people without keypoints. Returns the heatmaps of each dataset in this batch; and a scalar `zero`, which
+        the caller adds to the loss. A decoder without samples runs on one feature in eval mode and feeds only `zero`: all
         decoders run on all ranks in the same order, since ZeRO's collectives follow the parameters, and a missing one
         hangs or aborts them. Its batch norm buffers don't move and its gradients are exactly zero.
 
         Keep `dataset_index` on the CPU: finding the rows there does not wait for the GPU. Raises ConfigError for a
         name without a decoder.
         """
-        self._require(names)
-        position = {name: number for number, name in enumerate(self.decoders)}
-        owners = torch.tensor([position[name] for name in names])[dataset_index] if self.backbone.experts else None
-        features = self.features(images, tokens, owners)
+        own = self._own_samples(dataset_index, names)
+        owners = torch.stack(list(own.values())).int().argmax(dim=0) if self.backbone.experts else None
+        return self._decode(self.features(images, tokens, owners), own)
+
+    def forward_everywhere(
+        self, images: Tensor, dataset_index: Tensor, names: Sequence[str | None], everywhere: Collection[str]
+    ) -> tuple[Heatmaps, Heatmaps, Tensor]:
+        """`forward_mixed`, and the decoders of `everywhere` on all other samples as well; not for a model with experts.
+
+        Returns heatmaps of each decoder's own samples, then of the others, then `zero`. On samples of other datasets a
+        decoder runs in eval mode, which gradients pass: they are normalised by the running statistics of its own
+        dataset, as they would be at test time, and do not move them. Each decoder so runs twice on every rank.
+        """
+        self._require(everywhere)
+        own = self._own_samples(dataset_index, names)
+        features = self.features(images)
+        found, zero = self._decode(features, own)
+        others = {name: ~mask for name, mask in own.items() if name in everywhere}
+        elsewhere, more = self._decode(features, others, evaluate=True)
+        return found, elsewhere, zero + more
+
+    def _own_samples(self, dataset_index: Tensor, names: Sequence[str | None]) -> dict[str, Tensor]:
+        """For each decoder, in their order, which samples (B,) bool are of its dataset."""
+        self._require([name for name in names if name is not None])
+        assert ((dataset_index >= 0) & (dataset_index < len(names))).all(), "a sample belongs to no dataset"
         index = {name: position for position, name in enumerate(names)}
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        return {name: dataset_index == index.get(name, -1) for name in self.decoders}
+
+    def _decode(
+        self, features: Tensor, chosen: Mapping[str, Tensor], evaluate: bool = False
+    ) -> tuple[Heatmaps, Tensor]:
+        """Each decoder on the samples (B,) bool chosen for it, without any on one feature; see `forward_mixed`."""
+        found: Heatmaps = {}
         zero = torch.zeros((), device=features.device)
-        for name, decoder in self.decoders.items():
-            rows = torch.nonzero(dataset_index == index.get(name, -1)).flatten().to(features.device)
-            if len(rows):
-                # Rows are unique: the backward adds once to each, in an order that does not matter.
-                found[name] = rows, decoder(features.index_select(0, rows))
-            else:
-                with _evaluating(decoder):
+        for name, mask in chosen.items():
+            decoder = self.decoders[name]
+            rows = torch.nonzero(mask).flatten().to(features.device)
+            with _evaluating(decoder) if evaluate or not len(rows) else nullcontext():
+                if len(rows):
+                    # Rows are unique: the backward adds once to each, in an order that does not matter.
+                    found[name] = rows, decoder(features.index_select(0, rows))
+                else:
                     zero = zero + decoder(features[:1]).sum(dtype=torch.float32) * 0.0
-        assert sum(len(rows) for rows, _ in found.values()) == len(images), "a sample belongs to no dataset"
         return found, zero
 
-    def _require(self, datasets: Sequence[str]) -> None:
+    def _require(self, datasets: Collection[str]) -> None:
         for name in datasets:
             if name not in self.decoders:
                 raise ConfigError(f"dataset {name!r} has no decoder in this model; it has {', '.join(self.decoders)}")

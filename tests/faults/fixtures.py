@@ -1,7 +1,7 @@
 """Tiny artifacts of every kind, published directly, and the context in which a stage would run on them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,15 @@ def raw_coco(root: Path, images: int = 4, definition: str = "coco") -> Path:
     return root
 
 
-def publish_shards(final: Path, images: int = 4, per_shard: int = 2) -> Artifact:
+def publish_shards(
+    final: Path, images: int = 4, per_shard: int = 2, datasets: Sequence[DatasetSource] = (DatasetSource(name="coco"),)
+) -> Artifact:
     """Shards of `raw_coco`, made as the stage makes them."""
     work = final.with_name(f"{final.name}-work")
     report = make_shards(
         work,
         str(raw_coco(final.with_name(f"{final.name}-raw"), images)),
-        [DatasetSource(name="coco")],
+        list(datasets),
         [],
         CropConfig(input_size=(64, 48)),
         seed=1,

@@ -1,9 +1,9 @@
-"""The fixed bridge that carries a knowledge token to another width."""
+"""The fixed bridge that carries a knowledge token to another width, and the random token of the controls."""
 
 import pytest
 import torch
 
-from pipeline.models.knowledge_token import bridge
+from pipeline.models.knowledge_token import INITIAL, bridge, control_token
 
 
 def matrix(channels: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -52,3 +52,31 @@ def test_a_random_token_keeps_its_root_mean_square(channels: int, width: int, to
     carried = bridge(token, width, seed=0)
     assert carried.shape == (1, 64, width) and carried.dtype == token.dtype
     assert carried.square().mean().sqrt().item() == pytest.approx(token.square().mean().sqrt().item(), rel=tolerance)
+
+
+def test_truncation_keeps_the_first_channels_and_the_size() -> None:
+    token = torch.randn(1, 2, 24)
+    assert torch.equal(bridge(token, 16, seed=0, kind="truncate"), token[..., :16])
+    wider = bridge(token, 36, seed=0, kind="truncate")
+    torch.testing.assert_close(wider[..., :24], token * 1.5**0.5)
+    assert not wider[..., 24:].any()
+    torch.testing.assert_close(wider.square().mean(), token.square().mean())
+
+
+def test_a_control_has_the_number_and_the_size_of_the_fitted_token_and_nothing_else_of_it() -> None:
+    fitted = 3.7 * torch.randn(1, 2, 24)
+    token = control_token(fitted, 64, seed=5)
+    assert token.shape == (1, 2, 64) and token.dtype == fitted.dtype
+    torch.testing.assert_close(token.square().mean(), fitted.square().mean())
+    rolled = fitted.roll(1, -1)  # the same values elsewhere: the same control
+    torch.testing.assert_close(control_token(rolled, 64, seed=5), token)
+    assert not torch.allclose(token, control_token(fitted, 64, seed=6))
+
+
+def test_a_control_without_a_fitted_token_is_one_of_the_initial_size() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    token = control_token(None, 64, seed=0)
+    assert token.shape == (1, 1, 64) and token.square().mean().sqrt().item() == pytest.approx(INITIAL)
+    assert torch.equal(torch.rand(1), expected), "the global generator is left alone"

@@ -77,6 +77,17 @@ def test_relative_positions_do_not_decay() -> None:
     assert decays["backbone.blocks.0.attn.relative_positions"] == 0.0 != decays["backbone.blocks.0.attn.qkv.weight"]
 
 
+def test_a_learned_knowledge_token_goes_with_the_positions() -> None:
+    model = pose("tiny", knowledge_tokens=2)
+    model.learn_token()
+    groups = layer_decay_groups(model, 1e-3, 0.1, 0.75)
+    for key in ("lr", "weight_decay"):
+        values = by_name(groups, key)
+        assert values["knowledge_token"] == values["backbone.pos_embed"]
+    assert by_name(groups, "lr_scale")["knowledge_token"] == pytest.approx(0.75**5)
+    assert by_name(groups, "weight_decay")["knowledge_token"] == 0
+
+
 def test_frozen_parameters_belong_to_no_group() -> None:
     model = pose("tiny")
     model.backbone.patch_embed.requires_grad_(False)

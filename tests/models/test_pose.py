@@ -113,6 +113,20 @@ def test_the_knowledge_token_is_saved_and_used_but_not_trained() -> None:
     assert "knowledge_token" not in build().state_dict()
 
 
+def test_a_learned_token_is_a_parameter_of_the_same_name_and_loads_as_a_fixed_one() -> None:
+    model, fixed = build(knowledge_tokens=2), build(knowledge_tokens=2)
+    token = torch.randn(1, 2, 32)
+    for each in (model, fixed):
+        each.knowledge_token.copy_(token)
+    model.learn_token()
+    assert model.state_dict().keys() == fixed.state_dict().keys()
+    assert torch.equal(model(images())["coco"], fixed(images())["coco"])
+    model(images())["coco"].square().sum().backward()
+    assert model.knowledge_token.grad.any() and "knowledge_token" in dict(model.named_parameters())
+    fixed.load_state_dict(model.state_dict())
+    assert not any(name == "knowledge_token" for name, _ in fixed.named_parameters())
+
+
 def test_tokens_given_to_a_call_follow_the_models_own() -> None:
     model, plain = build(knowledge_tokens=1).eval(), build().eval()
     own, extra = torch.randn(1, 1, 32), torch.randn(1, 1, 32, requires_grad=True)
