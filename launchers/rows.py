@@ -8,13 +8,14 @@ _HEAD = """# Rows of the paper
 
 Every row of ViTPose's tables that has a configuration, and what became of it here. Values are the paper's (NeurIPS 2022,
 arXiv 2204.12484) or, where the note says so, those of the README of ViTAE-Transformer/ViTPose: AP and AR in percent on
-COCO val with detector boxes (AP_H_56) unless the table's title says otherwise. **Not run** means that nobody has trained the row
-with this code; the commands check all the same that everything resolves.
+COCO val with detector boxes (AP_H_56) unless the table's title says otherwise. **Not run** means that nobody has trained
+the row with this code; that its configuration resolves is tested, by each command's `--dry-run`.
 
 `vitruvian reproduce ROW --weights FILE` first evaluates published weights of the same size on your COCO, and stops if
 they are not within 0.1 AP of what was published; then it trains the row as `vitruvian run` does and writes
 `workspace/reproduced/ROW.json`: the paper's and the measured values, the interval, configuration, versions, hardware. With
-`--skip-check` nothing is evaluated first. Tables 11 to 13 have no check: {ungated}.
+`--skip-check` nothing is evaluated first. Tables 11 to 13 have no check:
+{ungated}.
 
 | published weights | where, in the README of ViTAE-Transformer/ViTPose | AP | AR |
 | --- | --- | --- | --- |

@@ -137,6 +137,5 @@ def load_rows() -> Rows:
 
 def without_aic(preset: str) -> str | None:
     """The shipped twin of a preset that does without AI Challenger, by its name; None if there is none."""
-    twins = (f"{preset}_without_aic", preset.replace("coco_aic_mpii", "coco_mpii"), f"{preset}_coco_mpii")
-    known = shipped_presets()
-    return next((twin for twin in twins if twin != preset and twin in known), None)
+    twins = (f"{preset}_without_aic", preset.replace("coco_aic_mpii", "coco_mpii"))
+    return next((twin for twin in twins if twin != preset and twin in shipped_presets()), None)
