@@ -95,7 +95,7 @@ def test_a_row_trains_its_own_model_and_what_that_needs() -> None:
 
 
 def test_the_check_has_the_data_and_the_machine_of_the_row_and_the_shape_of_its_weights(tmp_path: Path) -> None:
-    words = ["stages.evaluate.inputs.data=/raw: data", "stages.finetune.steps=3", "seed=7", "runtime.device=cpu"]
+    words = ['stages.evaluate.inputs.data="/raw: data"', "stages.finetune.steps=3", "seed=7", "runtime.device=cpu"]
     check = reproducing.resolve("table2/vitpose_l_simple", words, tmp_path / "x.pth").check
     assert check is not None
     pipeline = check.pipeline
