@@ -197,7 +197,7 @@ def people(folder: Path, **counts: int) -> None:
 def test_weights_that_fall_short_stop_the_row_and_those_that_do_not_let_it_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    people(tmp_path, coco_val=6)
+    people(tmp_path, coco_val=3)
     weights = tmp_path / "s.pth"
     save_published(weights)
     model = {"backbone": {"size": "S"}, "decoder": {}}
@@ -225,7 +225,7 @@ def test_weights_that_fall_short_stop_the_row_and_those_that_do_not_let_it_run(
     assert low <= found["measured"]["AP"] <= high
     assert found["dataset"] == {"name": "coco", "split": "val", "boxes": "detector"}
     assert found["overrides"] == words and set(found["fingerprints"]) == {"finetune", "evaluate"}
-    assert found["environment"]["torch"] == torch.__version__ and found["hardware"]["cpus"] == os.cpu_count()
+    assert "torch" in found["environment"] and found["hardware"]["cpus"] == os.cpu_count()
     assert len(found["config"]) == len(found["artifact"]) == 64 and found["date"].startswith("20")
 
 
