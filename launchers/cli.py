@@ -73,7 +73,8 @@ def run(
 @app.command()
 def reproduce(
     row: Annotated[
-        str | None, typer.Argument(metavar="[ROW]", help="A row of the paper, such as table5/window_shift; --list has all.")
+        str | None,
+        typer.Argument(metavar="[ROW]", help="A row of the paper, such as table5/window_shift; --list has all."),
     ] = None,
     overrides: Overrides = None,
     weights: Annotated[

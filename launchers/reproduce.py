@@ -147,7 +147,9 @@ def reproduce(reproduction: Reproduction, run_stages: RunStages, *, weights: Pat
 
 def require_published(name: str, official: OfficialWeights, check: Job) -> dict[str, float]:
     """AP and AR of published weights; raises DataError, after a table of what differs, if AP is not as published."""
-    found = metrics_of(check.evaluation().manifest.metrics, "official", DatasetSource(name="coco", split="val"), "detector")
+    found = metrics_of(
+        check.evaluation().manifest.metrics, "official", DatasetSource(name="coco", split="val"), "detector"
+    )
     expected = official.paper["AP"]
     # An interval of floats: 75.9 - 75.8 is a little more than 0.1.
     if "AP" in found and abs(found["AP"] - expected) <= TOLERANCE + 1e-6:
@@ -175,7 +177,10 @@ def what_differs(official: OfficialWeights, check: Job, found: Mapping[str, floa
     expected = load_rows().coco_val
     sizes = ["x".join(map(str, size)) for size in (spec.codec.input_size, spec.codec.heatmap_size)]
     pairs: list[tuple[str, Any, Any]] = [
-        *((metric, value, f"{found[metric]:.2f}" if metric in found else "-") for metric, value in official.paper.items()),
+        *(
+            (metric, value, f"{found[metric]:.2f}" if metric in found else "-")
+            for metric, value in official.paper.items()
+        ),
         ("images", expected.images, len(annotations.images)),
         ("people with keypoints", expected.people, len(annotations.instances)),
         ("detector boxes", expected.boxes, boxes),

@@ -117,7 +117,9 @@ class Rows(Strict):
         first, _, second = name.partition("/")
         table = self.tables.get(first)
         if table is None or second not in table.rows:
-            raise ConfigError(f"no row {name!r}{did_you_mean(name, self.names())}; vitruvian reproduce --list has them all")
+            raise ConfigError(
+                f"no row {name!r}{did_you_mean(name, self.names())}; vitruvian reproduce --list has them all"
+            )
         return table, table.rows[second]
 
     def names(self) -> list[str]:

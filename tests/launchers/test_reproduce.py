@@ -123,7 +123,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert isinstance(CliRunner().invoke(cli.app, ["reproduce"]).exception, ConfigError)
 
 
-@pytest.mark.parametrize(("found", "passes"), [(75.7, True), (75.9, True), (75.69, False), (75.91, False), (None, False)])
+@pytest.mark.parametrize(
+    ("found", "passes"), [(75.7, True), (75.9, True), (75.69, False), (75.91, False), (None, False)]
+)
 def test_published_weights_must_come_within_a_tenth(
     found: float | None, passes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
