@@ -17,7 +17,7 @@ from pipeline.config import PipelineConfig
 from pipeline.config_file import load_pipeline
 from pipeline.data.definitions import DatasetSource
 from pipeline.errors import ConfigError, DataError
-from pipeline.files import digest_of, write_json
+from pipeline.files import digest_of, sha256, write_json
 from pipeline.rows import OfficialWeights, Row, Table, load_rows
 from stages import KINDS
 
@@ -138,6 +138,7 @@ def reproduce(reproduction: Reproduction, run_stages: RunStages, *, weights: Pat
         run_stages(reproduction.check.pipeline, reproduction.check.chosen, reproduction.check.words)
         measured = require_published(reproduction.weights, official, reproduction.check)
         checked = {"weights": reproduction.weights, "file": str(weights), "paper": official.paper, "measured": measured}
+        checked["sha256"] = sha256(weights) if weights.is_file() else None
     run_stages(reproduction.job.pipeline, reproduction.job.chosen, reproduction.job.words)
     path = reproduction.job.pipeline.workspace / "reproduced" / f"{reproduction.name.replace('/', '-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,8 @@ def what_differs(official: OfficialWeights, check: Job, found: Mapping[str, floa
 
     plans = graph.plan(check.pipeline, [EVALUATION])
     evaluation = check.pipeline.stages[EVALUATION]
-    annotations = read(evaluation.datasets[0], evaluation.inputs.data)
+    data = plans[EVALUATION].inputs["data"]
+    annotations = read(evaluation.datasets[0], data.reference if "://" in data.reference else str(data.path))
     boxes = len(read_detections(annotations)) if annotations.files.detections else 0
     spec = read_spec(plans["official"].artifact)
     assert isinstance(spec, PoseSpec), "the check imports a pose model"

@@ -22,6 +22,7 @@ from pipeline.config_file import shipped_presets
 from pipeline.data.definitions import load_definition
 from pipeline.data.synthetic import SyntheticConfig, generate
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import sha256
 from pipeline.models.config import PoseConfig
 from pipeline.models.pose import PoseModel
 from pipeline.rows import OfficialWeights, Rows, load_rows
@@ -223,6 +224,7 @@ def test_weights_that_fall_short_stop_the_row_and_those_that_do_not_let_it_run(
     found = json.loads(attempt(float(lines["AP"][1])).read_text())
     assert found["row"] == "tiny/row" and found["paper"] == {"AP": 50.0}
     assert found["measured"]["AP"] == found["check"]["measured"]["AP"]  # the row is the same model
+    assert found["check"]["sha256"] == sha256(weights)
     low, high = found["interval"]
     assert low <= found["measured"]["AP"] <= high
     assert found["dataset"] == {"name": "coco", "split": "val", "boxes": "detector"}
