@@ -122,7 +122,8 @@ def print_dry_run(reproduction: Reproduction) -> None:
 def reproduce(reproduction: Reproduction, run_stages: RunStages, *, weights: Path | None, skip_check: bool) -> Path:
     """Checks, trains, evaluates; returns the result file.
 
-    Raises ConfigError where the weights are missing, DataError where they do not reach what was published.
+    Raises ConfigError where the weights are missing, DataError where raw data is, and where the weights do not reach what
+    was published.
     """
     official = load_rows().weights[reproduction.weights] if reproduction.weights else None
     checked: dict[str, Any] | None = None
@@ -135,6 +136,8 @@ def reproduce(reproduction: Reproduction, run_stages: RunStages, *, weights: Pat
             )
         if not weights.exists():
             raise ConfigError(f"--weights {weights}: no such file")
+        for stage in graph.plan(reproduction.job.pipeline, [EVALUATION]).values():  # before the check, which takes long
+            graph.require_raw_data(stage)
         run_stages(reproduction.check.pipeline, reproduction.check.chosen, reproduction.check.words)
         measured = require_published(reproduction.weights, official, reproduction.check)
         checked = {"weights": reproduction.weights, "file": str(weights), "paper": official.paper, "measured": measured}

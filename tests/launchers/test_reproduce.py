@@ -120,6 +120,9 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         reproducing.reproduce(reproduction, run, weights=None, skip_check=False)
     with pytest.raises(ConfigError, match="none.pth: no such file"):
         reproducing.reproduce(reproduction, run, weights=tmp_path / "none.pth", skip_check=False)
+    (tmp_path / "b.pth").touch()
+    with pytest.raises(DataError, match=r"stages\.shards\.inputs\.data: no folder"):
+        reproducing.reproduce(reproduction, run, weights=tmp_path / "b.pth", skip_check=False)
     assert started == []
     assert isinstance(CliRunner().invoke(cli.app, ["reproduce"]).exception, ConfigError)
 
