@@ -66,18 +66,54 @@ def run(
 
         print_dry_run(config, chosen)
         return
-    for name in chosen:
-        stage = graph.plan(config, [name], fresh=fresh)[name]
-        if stage.state == "done" and is_synced(config, stage.run_dir) and _is_stored(config, stage):
-            logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
-            continue
-        command = _command(config, name, [pipeline, *(overrides or [])], fresh)
-        code = _wait_for(command, config)
-        if code:
-            if code == EXIT_STOPPED:
-                logger.error("stopped on request; the same command goes on")
-            raise typer.Exit(code if code > 0 else 1)
+    _run_stages(config, chosen, [pipeline, *(overrides or [])], fresh)
     _show_results(config, chosen, as_json)
+
+
+@app.command()
+def reproduce(
+    row: Annotated[
+        str | None,
+        typer.Argument(metavar="[ROW]", help="A row of the paper, such as table5/window_shift; --list has all."),
+    ] = None,
+    overrides: Overrides = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Published weights of the row's size, which are evaluated before anything else.")
+    ] = None,
+    weights_format: Annotated[
+        str, typer.Option("--format", help="Of the weights: vitpose, mmpose or huggingface.")
+    ] = "vitpose",
+    skip_check: Annotated[bool, typer.Option(help="Train without evaluating published weights first.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, print sizes and steps, start nothing.")] = False,
+    list_rows: Annotated[bool, typer.Option("--list", help="Print the table of rows.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Reproduce a row of the paper: published weights must reach their AP on your COCO, then the row is trained."""
+    from launchers import reproduce as reproducing
+    from launchers.rows import listing
+    from pipeline.rows import load_rows
+
+    if list_rows:
+        columns, rows = ["row", "in the paper", "published", "preset", "status"], listing(load_rows())
+        if as_json:
+            typer.echo(json.dumps([dict(zip(columns, one, strict=True)) for one in rows], indent=2))
+        else:
+            table("rows of ViTPose", columns, rows)
+        return
+    if row is None:
+        raise ConfigError("name a row, such as table5/window_shift; vitruvian reproduce --list has them all")
+    reproduction = reproducing.resolve(row, overrides or [], weights, weights_format)
+    if dry_run:
+        reproducing.print_dry_run(reproduction)
+        return
+    path = reproducing.reproduce(reproduction, _run_stages, weights=weights, skip_check=skip_check)
+    found = read_json(path)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    said = [[name, str(found["paper"].get(name, "-")), f"{value:.2f}"] for name, value in found["measured"].items()]
+    table(f"{row}: {found['name']}", ["metric", "paper", "measured"], said)
+    typer.echo(f"result: {path}")
 
 
 @app.command()
@@ -265,6 +301,23 @@ def _choose(config: PipelineConfig, start: str | None, until: str | None, only: 
     if start is not None:
         chosen = [name for name in chosen if name == start or start in graph.ancestors(config, name)]
     return chosen
+
+
+def _run_stages(config: PipelineConfig, chosen: list[str], arguments: list[str], fresh: bool = False) -> None:
+    """Each chosen stage that is not done, in a process of its own; arguments: the pipeline's name and its overrides.
+
+    Raises typer.Exit with the exit code of the first that fails.
+    """
+    for name in chosen:
+        stage = graph.plan(config, [name], fresh=fresh)[name]
+        if stage.state == "done" and is_synced(config, stage.run_dir) and _is_stored(config, stage):
+            logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
+            continue
+        code = _wait_for(_command(config, name, arguments, fresh), config)
+        if code:
+            if code == EXIT_STOPPED:
+                logger.error("stopped on request; the same command goes on")
+            raise typer.Exit(code if code > 0 else 1)
 
 
 def _is_stored(config: PipelineConfig, stage: StagePlan) -> bool:

@@ -72,8 +72,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def shipped_presets() -> list[str]:
     """Names of the pipelines that the package ships."""
-    folder = resources.files("configs") / "pipelines"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(_preset_files())
+
+
+def _preset_files() -> dict[str, Path]:
+    """The shipped files by preset name: a file's name is the preset's, whatever folder it lies in."""
+    folder = Path(str(resources.files("configs") / "pipelines"))
+    return {path.stem: path for path in folder.rglob("*.yaml")}
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str) -> list[str]:
@@ -140,11 +145,11 @@ def _pipeline_path(name: str, beside: Path | None = None) -> Path:
     for candidate in ([beside / name] if beside else []) + [Path(name)]:
         if _is_there(candidate) and candidate.is_file():
             return candidate
-    preset = resources.files("configs") / "pipelines" / f"{name}.yaml"
-    if "/" not in name and name in shipped_presets():
-        return Path(str(preset))
+    presets = _preset_files()
+    if name in presets:
+        return presets[name]
     raise ConfigError(
-        f"no pipeline {shown(name)}: neither a file nor a shipped preset{did_you_mean(name, shipped_presets())}"
+        f"no pipeline {shown(name)}: neither a file nor a shipped preset{did_you_mean(name, sorted(presets))}"
     )
 
 

@@ -16,6 +16,7 @@ from launchers.run_stage import parser
 from pipeline import graph
 from pipeline.config_file import load_pipeline, shipped_presets
 from pipeline.data.definitions import load_definition
+from pipeline.rows import load_rows
 from stages import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +88,8 @@ def parse_vitruvian(words: list[str]) -> None:
     if not rest or "--help" in rest:
         return
     given = command.make_context(command.name, list(rest)).params
+    if given.get("row") and not given["row"].isupper():
+        load_rows().find(given["row"])
     if "pipeline" in given and is_preset(given["pipeline"]):
         pipeline = load_pipeline(given["pipeline"], given.get("overrides") or [], KINDS)
         for option in ("start", "until", "only"):
@@ -184,9 +187,9 @@ def test_examples_in_yaml_are_valid(page: Path, elsewhere: Path) -> None:
             assert load_pipeline(file, [], KINDS).name == content["name"]
 
 
-def test_every_preset_is_in_the_table_of_the_configuration_page() -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    named = {name for row in page.splitlines() if row.startswith("| `") for name in CODE_SPAN.findall(row)}
+def test_every_preset_is_in_a_table_of_the_configuration_page_or_of_the_rows_of_the_paper() -> None:
+    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("configuration.md", "rows.md"))
+    named = {name for row in text.splitlines() if row.startswith("| ") for name in CODE_SPAN.findall(row)}
     assert set(shipped_presets()) <= named
 
 

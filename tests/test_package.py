@@ -29,6 +29,7 @@ def test_a_wheel_runs_the_demo_dry_outside_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert "configs/pipelines/demo.yaml" in names and "configs/datasets/coco.yaml" in names
+        assert "configs/pipelines/paper/table5_window.yaml" in names and "configs/rows.yaml" in names
         assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", str(site), str(wheel)]
     assert subprocess.run(install, capture_output=True, timeout=240, cwd=tmp_path).returncode == 0

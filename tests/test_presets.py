@@ -1,7 +1,9 @@
 """Every pipeline that ships: it loads, plans without data, and holds the numbers of the papers it names."""
 
+import json
 import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from launchers import dry_run as dry_running
 from launchers import run_stage
 from launchers.cli import app
 from pipeline import graph
@@ -19,10 +22,21 @@ from pipeline.errors import DataError
 from pipeline.models.config import PoseConfig
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
+from pipeline.rows import load_rows, without_aic
 from stages import KINDS
+from tests.remembering import remember
+
+
+@cache
+def load(name: str) -> PipelineConfig:
+    return load_pipeline(name, [], KINDS)
+
 
 REAL = [name for name in shipped_presets() if name != "demo"]
-CHAINS = [name for name in REAL if "token" in load_pipeline(name, [], KINDS).stages]
+CHAINS = [name for name in REAL if "token" in load(name).stages]
+WITH_AIC = [name for name in REAL if any(part.name == "aic" for part in load(name).stages["evaluate"].datasets)]
+SIZES = ("s", "b", "l", "h", "1b")
+ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = {
     "vitpose_s": "21.7M",
     "vitpose_b": "85.8M",
@@ -43,11 +57,8 @@ RELEASED = {  # layer decay, drop path, heads: ViTPose's public configurations; 
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory: no data, no workspace."""
     monkeypatch.chdir(tmp_path)
+    remember(monkeypatch, dry_running)
     return tmp_path
-
-
-def load(name: str) -> PipelineConfig:
-    return load_pipeline(name, [], KINDS)
 
 
 def dry_run(name: str, *overrides: str) -> str:
@@ -62,11 +73,19 @@ def rows(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells if row}
 
 
-def test_the_presets_are_those_that_the_documentation_names() -> None:
-    sizes = {f"vitpose_{size}" for size in ("s", "b", "l", "h", "1b")}
-    chains = {"coco_aic_mpii", "coco_aic_mpii_crowdpose", "whole_image"}
-    without_aic = {"coco_mpii", "coco_mpii_crowdpose", "whole_image_coco_mpii"}
-    assert sizes | chains | without_aic | {"demo", "vitpose_b_imagenet", "vitpose_l_to_b"} <= set(shipped_presets())
+def test_there_is_a_preset_for_every_size_and_data_from_imagenet_and_from_our_own_pretraining() -> None:
+    shipped = set(shipped_presets())
+    for size in SIZES:
+        for data in ("", "_coco_aic_mpii", "_coco_mpii"):
+            assert {f"vitpose_{size}{data}", f"vitpose_{size}{data}_imagenet"} <= shipped
+    assert {f"vitpose_plus_{size}" for size in SIZES[:-1]} <= shipped
+    assert {"demo", "vitpose_l_to_b", "every_skeleton", "official_weights", "whole_image"} <= shipped
+
+
+def test_every_preset_for_a_row_of_the_paper_lies_in_its_folder_and_has_a_name_of_its_own() -> None:
+    files = [path for path in (ROOT / "configs" / "pipelines").rglob("*.yaml")]
+    assert len({path.stem for path in files}) == len(files)
+    assert all((path.parent.name == "paper") == path.stem.startswith("table") for path in files)
 
 
 @pytest.mark.parametrize("name", shipped_presets())
@@ -118,7 +137,18 @@ def test_an_incomplete_data_folder_waits_and_names_the_dataset_when_it_runs(else
         graph.require_raw_data(plan)
 
 
-@pytest.mark.parametrize("name", [name for name in REAL if "crowdpose" not in name])
+def shards_that_differ() -> list[str]:
+    """A preset for each way in which shards are made of datasets of which there are samples."""
+    found: dict[str, str] = {}
+    for name in REAL:
+        stage = load(name).stages.get("shards")
+        sources = stage.sources() if stage else []
+        if sources and {one.name for one in sources} <= {"coco", "aic", "mpii", "ochuman"}:
+            found.setdefault(json.dumps([one.model_dump() for one in sources]), name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", shards_that_differ())
 def test_with_real_data_in_place_the_shards_can_start(name: str, samples: Path) -> None:
     plans = graph.plan(load_pipeline(name, [f"stages.shards.inputs.data={samples}"], KINDS), ["shards"])
     assert plans["shards"].state == "start", plans["shards"].inputs
@@ -257,22 +287,98 @@ def test_sources_are_splits_that_their_definitions_have(name: str) -> None:
             assert source.split in load_definition(source.name).splits
 
 
-@pytest.mark.parametrize(
-    ("whole", "reduced"),
-    [
-        ("coco_aic_mpii", "coco_mpii"),
-        ("coco_aic_mpii_crowdpose", "coco_mpii_crowdpose"),
-        ("whole_image", "whole_image_coco_mpii"),
-    ],
-)
-def test_every_preset_with_ai_challenger_has_a_twin_without(whole: str, reduced: str) -> None:
-    one, other = load(whole).stages, load(reduced).stages
-    for name, stage in one.items():
+NAMED_TWINS = {
+    "table7_coco_aic": "vitpose_b_imagenet",
+    "whole_image": "whole_image_coco_mpii",
+    "every_skeleton": "every_skeleton_coco_mpii",
+}
+
+
+@pytest.mark.parametrize("name", WITH_AIC)
+def test_every_preset_with_ai_challenger_has_a_twin_without(name: str) -> None:
+    twin = NAMED_TWINS.get(name) or without_aic(name)
+    assert twin is not None and twin not in WITH_AIC
+    one, other = load(name).stages, load(twin).stages
+    assert one.keys() == other.keys()
+    for key, stage in one.items():
         for field in ("datasets", "exclude"):
-            if hasattr(stage, field):
-                kept = [source for source in getattr(stage, field) if source.name != "aic"]
-                assert getattr(other[name], field) == kept
-        assert stage.references() == other[name].references()
+            if isinstance(found := getattr(stage, field, None), list) and stage.kind != "import":
+                assert getattr(other[key], field) == [source for source in found if source.name != "aic"]
+        assert stage.references() == other[key].references()
+        if hasattr(stage, "model"):
+            assert stage.model == other[key].model
+
+
+def test_rows_name_the_twins_that_names_do_not_tell() -> None:
+    rows = [row for table in load_rows().tables.values() for row in table.rows.values()]
+    with_aic = {row.preset: row.without_aic or without_aic(row.preset) for row in rows if row.preset in WITH_AIC}
+    assert all(with_aic.values()), with_aic
+    assert with_aic["table7_coco_aic"] == NAMED_TWINS["table7_coco_aic"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_presets_of_a_size_differ_in_data_and_in_where_they_start_alone(size: str) -> None:
+    own = load(f"vitpose_{size}").stages["finetune"]
+    for data in ("", "_coco_aic_mpii", "_coco_mpii"):
+        for start in ("mae", "imagenet"):
+            stages = load(f"vitpose_{size}{data}{'_imagenet' if start == 'imagenet' else ''}").stages
+            stage = stages["finetune"]
+            assert stage.inputs.init == start
+            assert (stage.model, stage.schedule, stage.augmentation) == (own.model, own.schedule, own.augmentation)
+            assert (stage.global_batch_size, stage.optimizer.lr) == ((1024, 1e-3) if data else (512, 5e-4))
+            assert stage.optimizer.model_dump(exclude={"lr"}) == own.optimizer.model_dump(exclude={"lr"})
+            assert stages[start].model.backbone.width == stage.model.backbone.width
+            assert stage.weights is None, "datasets are mixed in natural proportion"
+
+
+ABLATIONS = {  # keys of the main row that an ablation changes
+    "table2_vitpose_b_simple": {"model.decoder.kind"},
+    "table4_384x288": {"model.backbone.image_size"},
+    "table5_full": {"model.backbone.feature_ratio", "model.backbone.patch_padding", "model.decoder.deconv_layers"},
+    "table6_frozen_attention": {"freeze"},
+    "table6_frozen_ffn": {"freeze"},
+}
+WINDOWS = {
+    "table5_window": ((8, 8), False, False, 0),
+    "table5_window_shift": ((8, 8), True, False, 0),
+    "table5_window_pool": ((8, 8), False, True, 0),
+    "table5_window_shift_pool": ((8, 8), True, True, 0),
+    "table5_full_window": ((8, 8), False, False, 4),
+    "table5_window_shift_pool_16x12": ((16, 12), True, True, 0),
+}
+
+
+@pytest.mark.parametrize(("name", "keys"), ABLATIONS.items())
+def test_an_ablation_differs_from_the_main_row_in_what_it_is_about(name: str, keys: set[str]) -> None:
+    main, own = (dict(flat(load(one).stages["finetune"].model_dump())) for one in ("vitpose_b_imagenet", name))
+    assert {key for key in main.keys() | own.keys() if main.get(key) != own.get(key)} == keys
+
+
+@pytest.mark.parametrize(("name", "expected"), WINDOWS.items())
+def test_table_5_varies_attention_alone_and_keeps_the_heatmap(name: str, expected: tuple[Any, ...]) -> None:
+    stage, full = load(name).stages["finetune"], load("table5_full").stages["finetune"]
+    attention = stage.model.backbone.attention
+    assert (attention.window, attention.shift, attention.pool, attention.global_blocks) == expected
+    assert not attention.relative_positions and stage.model.heatmap_size == (64, 48)
+    main, own = dict(flat(full.model_dump())), dict(flat(stage.model_dump()))
+    assert {key for key in own if main.get(key) != own[key]} <= {
+        f"model.backbone.attention.{key}" for key in ("window", "shift", "pool", "global_blocks")
+    }
+
+
+def flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return [(prefix, value)]
+    return [pair for key, item in value.items() for pair in flat(item, f"{prefix}.{key}" if prefix else key)]
+
+
+@pytest.mark.parametrize("size", SIZES[:-1])
+def test_experts_are_a_quarter_of_the_width(size: str) -> None:
+    stages = load(f"vitpose_plus_{size}").stages
+    backbone = stages["finetune"].model.backbone
+    assert backbone.expert_width == backbone.width // 4
+    assert [one.name for one in stages["shards"].datasets] == ["coco", "aic", "mpii", "ap10k", "apt36k", "wholebody"]
+    assert stages["finetune"].optimizer.layer_decay == {"b": 0.75}.get(size, 0.8)
 
 
 def test_whole_images_are_for_pretraining_only() -> None:

@@ -1,7 +1,9 @@
 """What a dataset is: its keypoints, and where its files lie on people's disks. A new dataset is a new YAML."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -218,6 +220,13 @@ def load_definition(name_or_path: str) -> DatasetDefinition:
             raise ConfigError(
                 f"no dataset definition {name_or_path!r} is shipped (give the path of your own .yaml){hint}"
             )
+    stat = path.stat() if os.path.isfile(path) else None
+    return _read_definition(path, stat and (stat.st_size, stat.st_mtime_ns))
+
+
+@lru_cache(maxsize=256)
+def _read_definition(path: Path, state: tuple[int, int] | None) -> DatasetDefinition:
+    """A plan asks for the same definitions many times; `state`, size and time, tells one that was changed."""
     try:
         return DatasetDefinition.model_validate(read_yaml(path))
     except ValidationError as error:
