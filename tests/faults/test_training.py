@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.artifacts import read_artifact
+from tests.chain.running import only_run
 from tests.faults.injection import PLACES
 from tests.faults.running import Left, Stage, left
 
@@ -194,6 +195,7 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_named(precision: str, zero_stag
     overrides = (
         f"engine.precision={precision}",
         f"engine.zero_stage={zero_stage}",
+        f"stages.finetune.inputs.init={only_run(stage.workspace, 'mae') / 'artifact'}",  # made in float32
         "stages.finetune.average_decay=null",
     )
     fault = {"do": "nan", "step": 7, "steps": 2, "rank": 1}
