@@ -1,0 +1,1 @@
+"""What is measured rather than asserted: performance, and the paper's tables in miniature."""

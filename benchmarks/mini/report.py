@@ -1,0 +1,113 @@
+"""docs/mini.md: the tables beside the paper's, from the result files alone."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.mini.explanation import explanation
+from benchmarks.mini.results import Result
+from benchmarks.mini.standing import Standing
+from benchmarks.mini.statistics import Comparison, compare
+from benchmarks.mini.tables import Miniature, Table
+
+REPORT = Path(__file__).resolve().parents[2] / "docs" / "mini.md"
+LONGEST = 90.0
+"""Seconds that a run may take on 2 idle cores."""
+
+Results = Mapping[str, list[Result | None]]
+
+_HEAD = """# The paper in miniature
+
+Small versions of tables 3, 5, 6, 7 and 8 of [ViTPose](https://arxiv.org/abs/2204.12484), on synthetic people and a CPU.
+They show what the method's parts do at this size, under these budgets; they are no reproduction of the paper's figures, and
+a row that comes out reversed here says nothing against the paper at its own size. This page is written by `make mini`.
+"""
+
+
+def report(miniature: Miniature, found: Sequence[Standing]) -> str:
+    """The whole page. found: of every run and seed."""
+    results: Results = {
+        run: [next(one.result for one in found if (one.run, one.seed) == (run, seed)) for seed in miniature.seeds]
+        for run in dict.fromkeys(one.run for one in found)
+    }
+    parts = [_HEAD, _progress(miniature, found)]
+    parts += [_table(number, table, results) for number, table in miniature.tables.items()]
+    parts += [explanation(miniature), _conditions([one.result for one in found if one.result is not None])]
+    return "\n".join(parts)
+
+
+def _progress(miniature: Miniature, found: Sequence[Standing]) -> str:
+    seeds = [
+        f"seed {seed}: {sum(one.seed == seed and one.state == 'done' for one in found)} of {len(miniature.runs)}"
+        for seed in miniature.seeds
+    ]
+    done = sum(one.state == "done" for one in found)
+    lines = ["## How far it is", "", f"{done} of {len(found)} runs ({', '.join(seeds)})."]
+    if stale := [f"`{one.run}` (seed {one.seed})" for one in found if one.state == "stale"]:
+        lines += ["", f"Stale, as settings changed since, and left out: {', '.join(stale)}."]
+    if refused := list(dict.fromkeys(f"`{one.run}`" for one in found if one.state == "refused")):
+        lines += ["", f"Can't be run by this version: {', '.join(refused)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(number: int, table: Table, results: Results) -> str:
+    lines = [f"## Table {number}: {table.title}", "", f"The paper's: {table.paper}.", ""]
+    if table.note:
+        lines += [table.note.strip(), ""]
+    columns = ["row", "paper", "AP here, by seed", "minus", "paper's gap", "gap", "95 % interval", "smallest gap", ""]
+    lines += [_row(columns), _row(["---"] * len(columns))]
+    lines += [_row(_cells(run, table, results)) for run in table.rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(run: str, table: Table, results: Results) -> list[str]:
+    row = table.rows[run]
+    values = ", ".join("-" if result is None else f"{result.ap:.1f}" for result in results[run])
+    cells = [row.name, "-" if row.paper is None else f"{row.paper:.1f}", values]
+    side = table.side(run)
+    if row.against is None or side is None:
+        return [*cells, "", "", "", "", "", ""]
+    gap = table.paper_gap(run)
+    found = compare(results[run], results[row.against], side)
+    return [*cells, table.rows[row.against].name, side if gap is None else f"{gap:+.1f}", *_found(found)]
+
+
+def _found(found: Comparison) -> list[str]:
+    gap = "-" if found.gap is None else f"{found.gap:+.1f}"
+    interval = "-" if found.interval is None else "{:+.1f} to {:+.1f}".format(*found.interval)
+    reach = "-" if found.reach is None else f"{found.reach:.1f}"
+    verdict = f"not finished, seeds: {found.seeds}" if found.verdict == "not finished" else f"**{found.verdict}**"
+    return [gap, interval, reach, verdict]
+
+
+def _conditions(results: Sequence[Result]) -> str:
+    lines = ["## Under which conditions", ""]
+    if not results:
+        return "\n".join([*lines, "Nothing was run yet.", ""])
+    seconds = sorted(result.seconds for result in results)
+    cpu = sorted(result.cpu_seconds for result in results)
+    middle = len(results) // 2
+    lines.append(
+        f"A run took {seconds[middle]:.0f} s in the median and {seconds[-1]:.0f} s at most ({cpu[middle]:.0f} and "
+        f"{cpu[-1]:.0f} s of CPU time) on:"
+    )
+    lines.append("")
+    for (processor, cores, torch), count in Counter(_machine(result) for result in results).items():
+        lines.append(f"- {processor}, {cores} cores, torch {torch}: {count} runs")
+    if slow := [result for result in results if result.seconds > LONGEST]:
+        loads = sorted(float(result.conditions.get("load", "nan")) for result in slow)
+        lines += ["", f"{len(slow)} runs took more than {LONGEST:.0f} s; other work loaded their machine: load "]
+        lines[-1] += f"{loads[0]:.1f} to {loads[-1]:.1f} as they began."
+    lines += ["", "| made once a seed | seconds, by seed |", "| --- | --- |"]
+    for stage in dict.fromkeys(stage for result in results for stage in result.shared):
+        times = [f"{result.shared[stage]:.0f} (seed {result.seed})" for result in results if stage in result.shared]
+        lines.append(_row([f"`{stage}`", ", ".join(times)]))
+    return "\n".join(lines) + "\n"
+
+
+def _machine(result: Result) -> tuple[str, ...]:
+    return tuple(result.conditions.get(key, "-") for key in ("processor", "cores", "torch"))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
