@@ -10,11 +10,12 @@ def explanation(miniature: Miniature) -> str:
     """Data, model, budgets, evaluation, statistics."""
     pipeline = load_pipeline(BASE, [], KINDS)
     people, model = pipeline.stages["data"].people, pipeline.stages[MODEL]
-    backbone, rows = model.model.backbone, model.model.backbone.grid
+    backbone, teacher = model.model.backbone, pipeline.stages["teacher"].model.backbone
+    size, grid, heatmaps = backbone.image_size, backbone.grid, model.model.heatmap_size
     budgets = "\n".join(
         f"| `{name}` | {stage.steps:,} | {stage.global_batch_size} | {stage.steps * stage.global_batch_size:,} |"
         for name, stage in pipeline.stages.items()
-        if isinstance(stage, TrainingConfig) and stage.steps
+        if isinstance(stage, TrainingConfig) and name != MODEL
     )
     return f"""## How it is done
 
@@ -29,23 +30,21 @@ Every run is a pipeline: [base.yaml](../benchmarks/mini/base.yaml) with the word
 pretraining, teacher, token) are made once a seed and found again by their fingerprints. A result is one file in
 `benchmarks/mini/results`; one whose settings have changed since is stale, left out, and run again only with `--again`.
 
-**Data.** Synthetic people in the formats of the three datasets, for each seed anew: {people.coco_train:,} of COCO's,
-{people.aic_train:,} of AIC's and {people.mpii_train:,} of MPII's for training, about the paper's proportions, and
-{people.coco_val:,} of COCO's for evaluation.
+**Data.** Synthetic people in the formats of the three datasets, for each seed anew. For training {people.coco_train:,} of
+COCO's, {people.aic_train:,} of AIC's and {people.mpii_train:,} of MPII's, about the paper's proportions; for evaluation
+{people.coco_val:,} of COCO's.
 
-**Model.** Input {backbone.image_size[0]}x{backbone.image_size[1]}, {rows[0]} x {rows[1]} tokens of width {backbone.width},
-{backbone.depth} blocks; heatmaps of {model.model.heatmap_size[0]}x{model.model.heatmap_size[1]}.
+**Model.** Input {size[0]}x{size[1]}, {grid[0]} x {grid[1]} tokens of width {backbone.width}, {backbone.depth} blocks, heatmaps
+of {heatmaps[0]}x{heatmaps[1]}. The teacher is {teacher.width} wide.
 
-**Budget.** All rows of a table take the same number of steps of the same batch, whatever a step costs:
+**Budget.** All rows of a table take the same number of steps of the same batch, whatever a step costs. Steps, not seconds,
+end a run, so that its result does not depend on what else the machine does. They are sized so that a run's own process,
+from imports to evaluation, takes at most 90 seconds on 2 idle cores; shared stages are timed on their own. Settings were
+chosen by AP and time of the reference rows and the teacher alone, before any comparison was looked at. The shared stages:
 
 | stage | steps | batch | people seen |
 | --- | --- | --- | --- |
 {budgets}
-
-Table 5's runs have a step budget of their own, as they have four times the tokens. Steps, not seconds, end a run, so its
-result does not depend on what else the machine does. They are sized so that a run's own process, from imports to
-evaluation, takes at most 90 seconds on 2 idle cores; shared stages are timed on their own. Settings were chosen by the AP
-and the time of the base run alone, before any comparison was looked at, and not changed afterwards.
 
 **Evaluation.** COCO's AP on the seed's evaluation people, with annotated boxes and the flip test, of the last weights. No
 weights were chosen on these people.

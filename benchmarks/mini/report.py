@@ -8,7 +8,8 @@ from benchmarks.mini.explanation import explanation
 from benchmarks.mini.results import Result
 from benchmarks.mini.standing import Standing
 from benchmarks.mini.statistics import Comparison, compare
-from benchmarks.mini.tables import Miniature, Table
+from benchmarks.mini.tables import MODEL, Miniature, Table
+from pipeline.errors import ConfigError
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "mini.md"
 LONGEST = 90.0
@@ -31,7 +32,7 @@ def report(miniature: Miniature, found: Sequence[Standing]) -> str:
         for run in dict.fromkeys(one.run for one in found)
     }
     parts = [_HEAD, _progress(miniature, found)]
-    parts += [_table(number, table, results) for number, table in miniature.tables.items()]
+    parts += [_table(number, miniature, results) for number in miniature.tables]
     parts += [explanation(miniature), _conditions([one.result for one in found if one.result is not None])]
     return "\n".join(parts)
 
@@ -50,14 +51,37 @@ def _progress(miniature: Miniature, found: Sequence[Standing]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _table(number: int, table: Table, results: Results) -> str:
-    lines = [f"## Table {number}: {table.title}", "", f"The paper's: {table.paper}.", ""]
+def _table(number: int, miniature: Miniature, results: Results) -> str:
+    table = miniature.tables[number]
+    lines = [f"## Table {number}: {table.title}", "", f"The paper's: {table.paper}. {_budget(miniature, table)}", ""]
     if table.note:
         lines += [table.note.strip(), ""]
-    columns = ["row", "paper", "AP here, by seed", "minus", "paper's gap", "gap", "95 % interval", "smallest gap", ""]
+    columns = [
+        "row",
+        "paper",
+        "AP here, by seed",
+        "minus",
+        "paper's gap",
+        "gap",
+        "95 % interval",
+        "smallest gap",
+        "verdict",
+    ]
     lines += [_row(columns), _row(["---"] * len(columns))]
     lines += [_row(_cells(run, table, results)) for run in table.rows]
     return "\n".join(lines) + "\n"
+
+
+def _budget(miniature: Miniature, table: Table) -> str:
+    """What each run of a table may use, which is the same for all."""
+    try:
+        model = miniature.pipeline(next(iter(table.rows)), miniature.seeds[0]).stages[MODEL]
+    except ConfigError:
+        return ""
+    people = model.steps * model.global_batch_size
+    return (
+        f"Here: {model.steps:,} steps of {model.global_batch_size} people, {people:,} in all, the same for every row."
+    )
 
 
 def _cells(run: str, table: Table, results: Results) -> list[str]:
