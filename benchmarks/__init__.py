@@ -1,1 +1,1 @@
-"""What is measured rather than asserted: performance, and the paper's tables in miniature."""
+"""Measurements. Not part of the wheel."""

@@ -1,12 +1,10 @@
 """A run carried out: the shared stages that it lacks, then its own process, timed."""
 
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 from benchmarks.mini.results import Measurement, Result
@@ -32,7 +30,7 @@ def execute(job: Job, workspace: Path) -> Result:
     for name in graph.ancestors(pipeline, MODEL):
         if graph.plan(pipeline, [name])[name].state != "done":
             shared[name] = round(_timed("launchers.run_stage", "--stage", name, "--config", str(BASE), *words), 1)
-    conditions = {"load": f"{os.getloadavg()[0]:.1f}", **_machine()}
+    conditions = {"load": f"{os.getloadavg()[0]:.1f}", "nice": str(os.nice(0)), "git": git_commit() or "-"}
     before = os.times()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measurement.json"
@@ -63,18 +61,3 @@ def _timed(module: str, *arguments: str) -> float:
         error.exit_code = code if code > 0 else EXIT_FAILURE
         raise error
     return time.monotonic() - begun
-
-
-def _machine() -> dict[str, str]:
-    """What the seconds depend on, and the last digits of the rest."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {name: metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
-    machine = {"processor": models[0] if models else platform.machine(), "cores": str(len(os.sched_getaffinity(0)))}
-    return {
-        **machine,
-        "nice": str(os.nice(0)),
-        "python": platform.python_version(),
-        **versions,
-        "git": git_commit() or "-",
-    }

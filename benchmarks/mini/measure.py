@@ -1,5 +1,8 @@
 """A finished model measured on its seed's evaluation people, and kept for paired comparisons."""
 
+import torch
+
+from benchmarks.machine import describe_machine
 from benchmarks.mini.results import Measurement
 from benchmarks.mini.tables import EVALUATED, RESAMPLES
 from pipeline.artifacts import Artifact
@@ -29,4 +32,5 @@ def measure(artifact: Artifact, root: str, config: TrainingConfig) -> Measuremen
         evaluated=annotations.digest,
         steps=config.steps,
         samples=config.steps * config.global_batch_size,
+        machine=describe_machine(torch.device("cpu")),
     )

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from benchmarks.mini.explanation import explanation
 from benchmarks.mini.results import Result
@@ -108,29 +109,18 @@ def _conditions(results: Sequence[Result]) -> str:
     lines = ["## Under which conditions", ""]
     if not results:
         return "\n".join([*lines, "Nothing was run yet.", ""])
-    seconds = sorted(result.seconds for result in results)
-    cpu = sorted(result.cpu_seconds for result in results)
-    middle = len(results) // 2
-    lines.append(
-        f"A run took {seconds[middle]:.0f} s in the median and {seconds[-1]:.0f} s at most ({cpu[middle]:.0f} and "
-        f"{cpu[-1]:.0f} s of CPU time) on:"
-    )
-    lines.append("")
-    for (processor, cores, torch), count in Counter(_machine(result) for result in results).items():
-        lines.append(f"- {processor}, {cores} cores, torch {torch}: {count} runs")
-    if slow := [result for result in results if result.seconds > LONGEST]:
-        loads = sorted(float(result.conditions.get("load", "nan")) for result in slow)
-        lines += ["", f"{len(slow)} runs took more than {LONGEST:.0f} s; other work loaded their machine: load "]
-        lines[-1] += f"{loads[0]:.1f} to {loads[-1]:.1f} as they began."
+    seconds, cpu = ([getattr(result, name) for result in results] for name in ("seconds", "cpu_seconds"))
+    lines += [f"A run took {median(seconds):.0f} s in the median, {max(seconds):.0f} s at most; of CPU time "]
+    lines[-1] += f"{median(cpu):.0f} and {max(cpu):.0f} s. On:"
+    lines += ["", *(f"- {machine}: {count} runs" for machine, count in Counter(one.machine for one in results).items())]
+    if slow := [float(result.conditions["load"]) for result in results if result.seconds > LONGEST]:
+        lines += ["", f"{len(slow)} runs took more than {LONGEST:.0f} s; the load of their machine was "]
+        lines[-1] += f"{min(slow):.1f} to {max(slow):.1f} as they began, where one run makes about 2."
     lines += ["", "| made once a seed | seconds, by seed |", "| --- | --- |"]
     for stage in dict.fromkeys(stage for result in results for stage in result.shared):
         times = [f"{result.shared[stage]:.0f} (seed {result.seed})" for result in results if stage in result.shared]
         lines.append(_row([f"`{stage}`", ", ".join(times)]))
     return "\n".join(lines) + "\n"
-
-
-def _machine(result: Result) -> tuple[str, ...]:
-    return tuple(result.conditions.get(key, "-") for key in ("processor", "cores", "torch"))
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -28,6 +28,8 @@ class Measurement(Strict):
     """Optimizer steps of the measured stage."""
     samples: int
     """People seen in them, repeats counted."""
+    machine: str
+    """Processor, cores, threads and the version of torch."""
 
 
 class Result(Measurement):
@@ -44,11 +46,11 @@ class Result(Measurement):
     seconds: float
     """Of the run's process from start to end: imports, training, publishing, evaluation."""
     cpu_seconds: float
-    """Of that process and its data loading."""
+    """Of that process and those that it waited for."""
     shared: dict[str, float] = {}
     """Seconds of each stage that was missing and made first; later runs share them."""
     conditions: dict[str, str]
-    """Machine, load and versions."""
+    """Load of the machine as it began, niceness, commit of the code."""
 
     @property
     def ap(self) -> float:

@@ -3,8 +3,6 @@
 from benchmarks.mini.results import Result
 from benchmarks.mini.tables import RESAMPLES, Job
 
-CONDITIONS = {"processor": "a processor", "cores": "2", "torch": "2.0", "load": "0.5"}
-
 
 def result(ap: float, *, run: str = "base", seed: int = 0, spread: float = 0.0, **fields: object) -> Result:
     """A result whose resampled AP alternates `spread` below and above its AP."""
@@ -22,7 +20,8 @@ def result(ap: float, *, run: str = "base", seed: int = 0, spread: float = 0.0, 
         "fingerprint": "f",
         "seconds": 80.0,
         "cpu_seconds": 120.0,
-        "conditions": CONDITIONS,
+        "conditions": {"load": "0.5"},
+        "machine": "a processor (2 cores, 2 threads), torch 2.0",
     }
     return Result.model_validate({**values, **fields})
 

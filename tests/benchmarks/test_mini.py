@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.mini import tables
+from benchmarks.mini.execution import execute
 from benchmarks.mini.report import REPORT, report
 from benchmarks.mini.results import Result, read_result, write_result
 from benchmarks.mini.standing import Standing, carry_out, standing
@@ -293,3 +294,17 @@ def test_the_page_shows_gaps_beside_the_papers(small: Miniature) -> None:
 def test_the_committed_page_is_what_the_committed_results_give(whole: Miniature) -> None:
     everything = in_order(whole, list(whole.tables), whole.seeds)
     assert REPORT.read_text(encoding="utf-8") == report(whole, standing(whole, tables.RESULTS, everything))
+
+
+@pytest.mark.slow
+def test_a_run_is_carried_out_and_found_again(tmp_path: Path) -> None:
+    words = [f"stages.{name}.steps=2" for name in ("mae_coco_aic", "model")]
+    words += [
+        "stages.data.people={coco_train: 40, coco_val: 20, aic_train: 40, aic_val: 0, mpii_train: 0, mpii_val: 0}"
+    ]
+    first, again = (execute(Job("base", 0, [*words, "seed=0"], "f"), tmp_path) for _ in range(2))
+    assert (first.steps, first.samples, first.people) == (2, 64, 20)
+    assert list(first.shared) == ["data", "coco", "coco_aic", "mae_coco_aic"] and again.shared == {}
+    assert first.seconds > 1 and first.cpu_seconds > 1
+    assert first.metrics == again.metrics and first.resampled == again.resampled
+    assert read_result(write_result(tmp_path, first).parent, "base", 0) == first
