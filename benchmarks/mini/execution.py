@@ -10,7 +10,6 @@ from pathlib import Path
 from benchmarks.mini.results import Measurement, Result
 from benchmarks.mini.tables import BASE, MODEL, Job
 from pipeline import graph
-from pipeline.artifacts import git_commit
 from pipeline.config_file import load_pipeline
 from pipeline.errors import EXIT_FAILURE, VitruvianError
 from pipeline.files import read_json
@@ -30,7 +29,7 @@ def execute(job: Job, workspace: Path) -> Result:
     for name in graph.ancestors(pipeline, MODEL):
         if graph.plan(pipeline, [name])[name].state != "done":
             shared[name] = round(_timed("launchers.run_stage", "--stage", name, "--config", str(BASE), *words), 1)
-    conditions = {"load": f"{os.getloadavg()[0]:.1f}", "nice": str(os.nice(0)), "git": git_commit() or "-"}
+    conditions = {"load": f"{os.getloadavg()[0]:.1f}", "nice": str(os.nice(0))}
     before = os.times()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measurement.json"

@@ -50,7 +50,7 @@ class Result(Measurement):
     shared: dict[str, float] = {}
     """Seconds of each stage that was missing and made first; later runs share them."""
     conditions: dict[str, str]
-    """Load of the machine as it began, niceness, commit of the code."""
+    """Load of the machine as it began, and niceness."""
 
     @property
     def ap(self) -> float:
