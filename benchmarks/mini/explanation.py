@@ -40,7 +40,7 @@ of {heatmaps[0]}x{heatmaps[1]}. The teacher is {teacher.width} wide.
 **Budget.** All rows of a table take the same number of steps of the same batch, whatever a step costs. Steps, not seconds,
 end a run, so that its result does not depend on what else the machine does. They are sized so that a run's own process,
 from imports to evaluation, takes at most 90 seconds on 2 idle cores; shared stages are timed on their own. Settings were
-chosen by AP and time of the reference rows and the teacher alone, before any comparison was looked at. The shared stages:
+chosen by the base run's AP and by time alone, before any comparison was looked at. The shared stages:
 
 | stage | steps | batch | people seen |
 | --- | --- | --- | --- |
