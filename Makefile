@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all faults soak lint clean
+.PHONY: help demo mini test test-all faults soak lint clean
 
 help:
 	@echo "make demo      install, then run the whole pipeline in small: data to distilled student (CPU, under 30 minutes)"
+	@echo "make mini      the paper's tables in miniature: what has no result yet (90 s a run; MINI=--help for its options)"
 	@echo "make test      install, then run the fast tests (under 15 minutes on 2 cores)"
 	@echo "make test-all  the fast tests and the long ones"
 	@echo "make faults    break things on purpose: every fault of docs/faults.md (under 30 minutes)"
@@ -15,6 +16,9 @@ help:
 
 demo: $(BIN)/.train
 	$(BIN)/vitruvian run demo
+
+mini: $(BIN)/.train
+	$(BIN)/python -m benchmarks.mini.run $(MINI)
 
 test: $(BIN)/.test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -14,8 +14,8 @@ from pipeline.evaluation.coco import UNDEFINED, Matches
 
 def bootstrap_ap(matches: Matches, *, resamples: int = 1000, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """Low and high end of the interval of AP, in percent. Raises DataError where AP is undefined: no people."""
-    values = [matches.average_precision(counts) for counts in _draws(len(matches.image_ids), resamples, seed)]
-    return _interval(np.array([value for value in values if value != UNDEFINED]), level)
+    values = resampled_ap(matches, resamples=resamples, seed=seed)
+    return _interval(values[values != UNDEFINED], level)
 
 
 def bootstrap_difference(
@@ -29,11 +29,17 @@ def bootstrap_difference(
     if a.image_ids != b.image_ids:
         sizes = f"{len(a.image_ids)} and {len(b.image_ids)} images"
         raise DataError(f"comparison of two evaluations: expected the same images, found different sets ({sizes})")
-    pairs = [
-        (a.average_precision(counts), b.average_precision(counts))
-        for counts in _draws(len(a.image_ids), resamples, seed)
-    ]
-    return _interval(np.array([first - second for first, second in pairs if UNDEFINED not in (first, second)]), level)
+    first, second = (resampled_ap(matches, resamples=resamples, seed=seed) for matches in (a, b))
+    return _interval((first - second)[(first != UNDEFINED) & (second != UNDEFINED)], level)
+
+
+def resampled_ap(matches: Matches, *, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """AP in percent on each resample, (R,) float64; UNDEFINED where none of its people counts.
+
+    A seed draws the same images for every evaluation of a split: two models' values pair up, resample by resample.
+    """
+    counts = _draws(len(matches.image_ids), resamples, seed)
+    return np.array([matches.average_precision(drawn) for drawn in counts])
 
 
 def _draws(images: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -1,0 +1,1 @@
+"""The paper's tables in miniature, on synthetic people and a CPU."""
