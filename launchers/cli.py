@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from launchers import slurm
+from launchers import chain, slurm
 from launchers.console import setup_logging, table
 from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
-from pipeline.errors import EXIT_STOPPED, ConfigError, VitruvianError
+from pipeline.errors import ConfigError, VitruvianError
 from pipeline.files import read_json
 from pipeline.graph import StagePlan
-from pipeline.heartbeat import LAUNCHER_VARIABLE
-from pipeline.run_storage import RunStorage
 from pipeline.status import read_status
-from pipeline.tracking.tracker import is_synced, sync_all
+from pipeline.tracking.tracker import sync_all
 from stages import KINDS
 
 logger = logging.getLogger("vitruvian")
@@ -60,13 +54,13 @@ def run(
 ) -> None:
     """Run a pipeline on this machine. Finished stages are skipped, unfinished ones resume."""
     config = load_pipeline(pipeline, overrides or [], KINDS)
-    chosen = _choose(config, start, until, only)
+    chosen = chain.choose(config, start, until, only)
     if dry_run:
         from launchers.dry_run import print_dry_run
 
         print_dry_run(config, chosen)
         return
-    _run_stages(config, chosen, [pipeline, *(overrides or [])], fresh)
+    chain.run_stages(config, chosen, [pipeline, *(overrides or [])], fresh)
     _show_results(config, chosen, as_json)
 
 
@@ -106,7 +100,7 @@ def reproduce(
     if dry_run:
         reproducing.print_dry_run(reproduction)
         return
-    path = reproducing.reproduce(reproduction, _run_stages, weights=weights, skip_check=skip_check)
+    path = reproducing.reproduce(reproduction, chain.run_stages, weights=weights, skip_check=skip_check)
     found = read_json(path)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
@@ -141,7 +135,7 @@ def submit(
 ) -> None:
     """Run a pipeline on Slurm: a job a stage, each after those it reads from. Finished stages get no job."""
     config = load_pipeline(pipeline, overrides or [], KINDS)
-    slurm.submit(config, _choose(config, None, until, None), pipeline, overrides or [], dry_run=dry_run)
+    slurm.submit(config, chain.choose(config, None, until, None), pipeline, overrides or [], dry_run=dry_run)
 
 
 @app.command()
@@ -286,102 +280,6 @@ def data_check(
 
     source = DatasetSource(name=dataset, split=split, annotations=annotations, images=images)
     print_report(check(source, root), as_json)
-
-
-def _choose(config: PipelineConfig, start: str | None, until: str | None, only: str | None) -> list[str]:
-    """Stage names to run, parents first. Raises ConfigError for unknown names."""
-    for option, name in {"--from": start, "--until": until, "--only": only}.items():
-        if name is not None and name not in config.stages:
-            raise ConfigError(f"{option}: no stage {name!r}{did_you_mean(name, list(config.stages))}")
-    if only is not None:
-        return [only]
-    chosen = graph.order(config)
-    if until is not None:
-        chosen = [*graph.ancestors(config, until), until]
-    if start is not None:
-        chosen = [name for name in chosen if name == start or start in graph.ancestors(config, name)]
-    return chosen
-
-
-def _run_stages(config: PipelineConfig, chosen: list[str], arguments: list[str], fresh: bool = False) -> None:
-    """Each chosen stage that is not done, in a process of its own; arguments: the pipeline's name and its overrides.
-
-    Raises typer.Exit with the exit code of the first that fails.
-    """
-    for name in chosen:
-        stage = graph.plan(config, [name], fresh=fresh)[name]
-        if stage.state == "done" and is_synced(config, stage.run_dir) and _is_stored(config, stage):
-            logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
-            continue
-        code = _wait_for(_command(config, name, arguments, fresh), config)
-        if code:
-            if code == EXIT_STOPPED:
-                logger.error("stopped on request; the same command goes on")
-            raise typer.Exit(code if code > 0 else 1)
-
-
-def _is_stored(config: PipelineConfig, stage: StagePlan) -> bool:
-    storage = RunStorage.of(config, stage)
-    return storage is None or storage.has_artifact()
-
-
-def _command(config: PipelineConfig, name: str, arguments: list[str], fresh: bool) -> list[str]:
-    """The process that runs a stage: under the deepspeed launcher where it trains on several processes."""
-    pipeline, *overrides = arguments
-    script = ["--stage", name, "--config", pipeline, *(["--fresh"] if fresh else []), *overrides]
-    processes = _processes(config) if type(config.stages[name]).distributed else 1
-    if processes == 1:
-        return [sys.executable, "-m", "launchers.run_stage", *script]
-    # The launcher ignores CUDA_VISIBLE_DEVICES where it is given a number.
-    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
-    some = visible and config.runtime.device != "cpu"
-    devices = ["--include", f"localhost:{','.join(visible[:processes])}"] if some else ["--num_gpus", str(processes)]
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        *devices,
-        "--master_addr",
-        "127.0.0.1",
-    ]
-    return [*launcher, "--master_port", str(_free_port()), "--module", "launchers.run_stage", *script]
-
-
-def _wait_for(command: list[str], config: PipelineConfig) -> int:
-    """Runs a stage's process to its end, handing on what asks this one to stop."""
-    process = subprocess.Popen(command, env=_environment(config))
-    previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:  # the terminal told the stage, too: it saves and leaves
-                continue
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _processes(config: PipelineConfig) -> int:
-    if config.runtime.processes is not None:
-        return config.runtime.processes
-    if config.runtime.device == "cpu":
-        return 1
-    import torch
-
-    return max(1, torch.cuda.device_count())
-
-
-def _environment(config: PipelineConfig) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    cpu = {"DS_ACCELERATOR": "cpu"} if config.runtime.device == "cpu" else {}
-    cpu[LAUNCHER_VARIABLE] = str(os.getpid())
-    return {**os.environ, **cpu, "PATH": path, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _status_row(stage: StagePlan) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from pipeline.data.definitions import load_definition
 from pipeline.errors import ConfigError
 from pipeline.memory import estimate
 from pipeline.models.backbones import count_parameters
-from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.cost import mae_cost, pose_cost
 from pipeline.models.mae import describe as describe_mae
 from pipeline.models.parameter_groups import freeze
 from pipeline.models.pose import PoseModel
 from pipeline.models.pose import describe as describe_pose
+from pipeline.models.vit_config import ViTConfig
 from pipeline.recipe import TrainingConfig, split_batch
 
 ZERO_STAGES = (1, 2, 3)

@@ -1,9 +1,10 @@
 """How much memory a training stage needs per process: states by ZeRO stage, activations by a formula."""
 
 from pipeline.config import EngineConfig
-from pipeline.models.config import BackboneConfig, MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import BackboneConfig, MAEConfig, PoseConfig
 from pipeline.models.cost import attended
 from pipeline.models.resnet_config import ResNetConfig
+from pipeline.models.vit_config import ViTConfig
 
 _OVERHEAD = 1.12
 """Between the formula and the peak memory in ViTPose's published training logs (B, L and H within 3 %)."""

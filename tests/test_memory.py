@@ -7,8 +7,9 @@ import torch
 
 from pipeline.config import EngineConfig
 from pipeline.memory import estimate, states
-from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.vit import ViT
+from pipeline.models.vit_config import ViTConfig
 
 
 @pytest.mark.parametrize(("stage", "bytes_per_parameter"), [(0, 16.0), (1, 9.0), (2, 5.5), (3, 2.0)])

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pipeline.models.config import BackboneConfig, ViTConfig
+from pipeline.models.config import BackboneConfig
 from pipeline.models.resnet import ResNet
 from pipeline.models.vit import ViT, count
+from pipeline.models.vit_config import ViTConfig
 
 
 def make_backbone(config: BackboneConfig, datasets: Sequence[str] = ()) -> ViT | ResNet:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.attention import WindowAttention, Windows
-from pipeline.models.config import ViTConfig
 from pipeline.models.experts import ExpertBlock, ExpertMlp, Sizes
 from pipeline.models.parallel_convolution import ParallelBlock
+from pipeline.models.vit_config import ViTConfig
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 

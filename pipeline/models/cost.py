@@ -7,8 +7,9 @@ activations, softmax, biases and resampling are not. The paper's GFLOPs are such
 
 from dataclasses import dataclass
 
-from pipeline.models.config import SIMPLE_SCALE, DecoderConfig, MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import DecoderConfig, MAEConfig, PoseConfig
 from pipeline.models.resnet_config import ResNetConfig
+from pipeline.models.vit_config import SIMPLE_SCALE, ViTConfig
 
 
 @dataclass(frozen=True)

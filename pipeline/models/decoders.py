@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models.config import SIMPLE_SCALE, DecoderConfig
+from pipeline.models.config import DecoderConfig
+from pipeline.models.vit_config import SIMPLE_SCALE
 
 
 class ClassicDecoder(nn.Module):

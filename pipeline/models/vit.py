@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from pipeline.errors import ConfigError, DataError
 from pipeline.models.attention import WindowAttention
 from pipeline.models.blocks import layer_norm, make_grid_blocks, run_blocks
-from pipeline.models.config import ViTConfig
 from pipeline.models.experts import Sorting
 from pipeline.models.parallel_convolution import ParallelConvolution
+from pipeline.models.vit_config import ViTConfig
 
 
 class PatchConv(nn.Conv2d):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import cli, console
+from launchers import chain, cli, console
 from pipeline import graph
 from pipeline.artifacts import publish
 from pipeline.config import PipelineConfig
@@ -100,35 +100,35 @@ def test_an_unknown_command_or_option_is_exit_2(
 
 def test_stages_are_chosen_from_until_and_only(demo: PipelineConfig) -> None:
     everything = ["data", "shards", "mae", "finetune", "token", "student_alone", "distill", "evaluate"]
-    assert cli._choose(demo, None, None, None) == everything
-    assert cli._choose(demo, None, "finetune", None) == everything[:4]
-    assert cli._choose(demo, None, "student_alone", None) == ["data", "shards", "student_alone"]
-    assert cli._choose(demo, "token", None, None) == ["token", "distill", "evaluate"]
-    assert cli._choose(demo, "mae", "token", None) == ["mae", "finetune", "token"]
-    assert cli._choose(demo, None, None, "mae") == ["mae"]
+    assert chain.choose(demo, None, None, None) == everything
+    assert chain.choose(demo, None, "finetune", None) == everything[:4]
+    assert chain.choose(demo, None, "student_alone", None) == ["data", "shards", "student_alone"]
+    assert chain.choose(demo, "token", None, None) == ["token", "distill", "evaluate"]
+    assert chain.choose(demo, "mae", "token", None) == ["mae", "finetune", "token"]
+    assert chain.choose(demo, None, None, "mae") == ["mae"]
     with pytest.raises(ConfigError):
-        cli._choose(demo, None, None, "none")
+        chain.choose(demo, None, None, "none")
 
 
 def test_a_stage_runs_in_a_process_of_its_own(demo: PipelineConfig) -> None:
     alone = demo.model_copy(update={"runtime": demo.runtime.model_copy(update={"processes": 1})})
     expected = [sys.executable, "-m", "launchers.run_stage", "--stage", "mae", "--config", "demo", "seed=1"]
-    assert cli._command(alone, "mae", ["demo", "seed=1"], fresh=False) == expected
-    assert "--fresh" in cli._command(alone, "mae", ["demo"], fresh=True)
+    assert chain.command_of(alone, "mae", ["demo", "seed=1"], fresh=False) == expected
+    assert "--fresh" in chain.command_of(alone, "mae", ["demo"], fresh=True)
 
 
 def test_training_on_several_processes_goes_through_the_deepspeed_launcher(demo: PipelineConfig) -> None:
     several = demo.model_copy(update={"runtime": demo.runtime.model_copy(update={"processes": 3})})
-    command = cli._command(several, "mae", ["demo", "seed=1"], fresh=False)
+    command = chain.command_of(several, "mae", ["demo", "seed=1"], fresh=False)
     assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "3"]
     assert command[-7:] == ["--module", "launchers.run_stage", "--stage", "mae", "--config", "demo", "seed=1"]
-    assert "deepspeed.launcher.runner" not in cli._command(several, "data", ["demo"], fresh=False)
+    assert "deepspeed.launcher.runner" not in chain.command_of(several, "data", ["demo"], fresh=False)
 
 
 def test_a_cpu_runs_one_process_unless_told_otherwise(demo: PipelineConfig) -> None:
     cpu = demo.model_copy(update={"runtime": demo.runtime.model_copy(update={"device": "cpu"})})
-    assert cli._processes(cpu) == 1
-    assert cli._processes(cpu.model_copy(update={"runtime": cpu.runtime.model_copy(update={"processes": 2})})) == 2
+    assert chain.processes(cpu) == 1
+    assert chain.processes(cpu.model_copy(update={"runtime": cpu.runtime.model_copy(update={"processes": 2})})) == 2
 
 
 def test_status_says_what_each_stage_would_do(
@@ -188,7 +188,7 @@ def started(monkeypatch: pytest.MonkeyPatch, pair: list[str], code: int = 0) -> 
             finish(run_dir, {"columns": ["model", "AP"], "rows": [["teacher", "71.0"]], "notes": ["a note"]})
         return code
 
-    monkeypatch.setattr(cli, "_wait_for", fake)
+    monkeypatch.setattr(chain, "_wait_for", fake)
     return names
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from launchers import cli, dry_run, run_stage
+from launchers import chain, cli, dry_run, run_stage
 from launchers import reproduce as reproducing
 from launchers.rows import page
 from pipeline.config import PipelineConfig
@@ -259,7 +259,7 @@ def test_a_row_is_trained_by_the_same_code_as_a_pipeline(tmp_path: Path, monkeyp
     monkeypatch.setattr(reproducing, "load_rows", lambda: rows_of(preset, 73.8))
     words = [f"workspace={tmp_path / 'w'}", "runtime.device=cpu", "tracking.uri=null"]
     reproduction = reproducing.resolve("tiny/row", words)
-    path = reproducing.reproduce(reproduction, cli._run_stages, weights=None, skip_check=True)
+    path = reproducing.reproduce(reproduction, chain.run_stages, weights=None, skip_check=True)
     found = json.loads(path.read_text())
     assert found["check"] == "skipped" and "AP" in found["measured"]
     assert set(found["fingerprints"]) == {"shards", "finetune", "evaluate"}

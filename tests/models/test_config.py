@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.models.backbones import count_parameters
-from pipeline.models.config import SIZES, ViTConfig
+from pipeline.models.vit_config import SIZES, ViTConfig
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 21.7), ("B", 85.8), ("L", 303.3), ("H", 630.9), ("1B", 1011.0)])

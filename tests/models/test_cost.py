@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models.config import DecoderConfig, MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import DecoderConfig, MAEConfig, PoseConfig
 from pipeline.models.cost import backbone_cost, mae_cost, pose_cost
 from pipeline.models.mae import MAE
 from pipeline.models.pose import PoseModel
+from pipeline.models.vit_config import ViTConfig
 
 
 def counted(module: nn.Module, *inputs: torch.Tensor) -> dict[str, float]:

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.errors import ArtifactError, DataError
-from pipeline.models.config import MAEConfig, ViTConfig
+from pipeline.models.config import MAEConfig
 from pipeline.models.mae import MAE, backbone_state, describe, patchify, sincos_positions, unpatchify
 from pipeline.models.vit import ViT
+from pipeline.models.vit_config import ViTConfig
 
 GRID, PATCHES, PATCH = (6, 4), 24, 8
 

@@ -12,12 +12,13 @@ from pipeline.config_file import explain, load_pipeline
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.loading import PoseSpec, save_model
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel, describe
 from pipeline.models.resnet import ResNet
 from pipeline.models.resnet_config import ResNetConfig
+from pipeline.models.vit_config import ViTConfig
 from pipeline.pose_training import initialise
 from pipeline.strict import fingerprint_view
 from stages import KINDS, module_of

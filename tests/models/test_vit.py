@@ -7,9 +7,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipeline.errors import DataError
-from pipeline.models.config import MAEConfig, ViTConfig
+from pipeline.models.config import MAEConfig
 from pipeline.models.mae import patchify
 from pipeline.models.vit import PatchEmbed, ViT, interpolate_positions, sincos_positions
+from pipeline.models.vit_config import ViTConfig
 
 
 def small(**values: object) -> ViTConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers import cli, slurm
+from launchers import chain, slurm
 from pipeline.artifacts import read_artifact
 from pipeline.config import PipelineConfig
 from pipeline.config_file import load_pipeline
@@ -37,7 +37,7 @@ def load(workspace: Path, *overrides: str) -> tuple[PipelineConfig, list[str]]:
 def submit(workspace: Path, *overrides: str, until: str | None = None) -> None:
     """`vitruvian submit`, in this process."""
     config, words = load(workspace, *overrides)
-    slurm.submit(config, cli._choose(config, None, until, None), str(TINY), words, dry_run=False)
+    slurm.submit(config, chain.choose(config, None, until, None), str(TINY), words, dry_run=False)
 
 
 def log(workspace: Path, stage: str) -> str:

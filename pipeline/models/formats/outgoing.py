@@ -8,10 +8,10 @@ from torch import Tensor
 
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.errors import ConfigError
-from pipeline.models.config import ViTConfig
 from pipeline.models.formats.keys import KeyMap
 from pipeline.models.formats.pose import PADDING
 from pipeline.models.loading import PoseSpec
+from pipeline.models.vit_config import ViTConfig
 
 _PLAIN: Mapping[str, frozenset[str]] = {
     "model": frozenset({"backbone", "decoder", "knowledge_tokens"}),

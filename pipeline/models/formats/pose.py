@@ -9,11 +9,12 @@ from torch import Tensor
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import DatasetDefinition, load_definition
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import MAEConfig, PoseConfig, ViTConfig
+from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.formats.keys import Intake
 from pipeline.models.formats.shapes import backbone_shape, decoder_shape, described
 from pipeline.models.loading import MAESpec, PoseSpec
 from pipeline.models.pose import PoseModel
+from pipeline.models.vit_config import ViTConfig
 
 VITPOSE_ORDER = ("coco", "aic", "mpii", "ap10k", "apt36k", "wholebody")
 """The datasets of ViTPose+, in the order of its heads and experts."""

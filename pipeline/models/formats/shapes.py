@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pipeline.config_file import explain
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import SIZES
 from pipeline.models.formats.keys import Intake
+from pipeline.models.vit_config import SIZES
 
 Config = TypeVar("Config", bound=BaseModel)
 

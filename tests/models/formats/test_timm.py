@@ -8,11 +8,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import ViTConfig
 from pipeline.models.formats import timm
 from pipeline.models.formats.pose import Imported, Wanted
 from pipeline.models.mae import backbone_state
 from pipeline.models.vit import ViT
+from pipeline.models.vit_config import ViTConfig
 from tests.models.formats.models import heatmap_error, images, randomise
 
 

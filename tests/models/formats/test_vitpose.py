@@ -9,11 +9,12 @@ from torch import Tensor
 
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import SIZES, PoseConfig
+from pipeline.models.config import PoseConfig
 from pipeline.models.formats import shapes, vitpose
 from pipeline.models.formats.keys import Intake
 from pipeline.models.formats.pose import Imported, Wanted, choose_heads
 from pipeline.models.pose import PoseModel
+from pipeline.models.vit_config import SIZES
 from tests.models.formats.models import CLASSIC, SIMPLE, randomise, same, spec_of
 
 KEYPOINTS = {"coco": 17, "aic": 14, "mpii": 16, "ap10k": 17, "apt36k": 17, "wholebody": 133}
