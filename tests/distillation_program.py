@@ -14,12 +14,13 @@ from pipeline.config import EngineConfig, RuntimeConfig
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import load_definition
 from pipeline.distributed import gather_objects, leave_process_group, world_from_environment
-from pipeline.engine import Batch, Engine, start_process_group
+from pipeline.engine import Batch, Engine
 from pipeline.every_skeleton import EverySkeletonObjective
 from pipeline.models.config import PoseConfig
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
 from pipeline.objectives import TeacherWeight
+from pipeline.process_group import start_process_group
 
 DEFINITIONS = {name: load_definition(name) for name in ("coco", "mpii")}
 TOKEN = "weight/model.knowledge_token"

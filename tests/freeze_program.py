@@ -14,11 +14,12 @@ from pipeline.checkpoint import ResumePoints, load_tensors
 from pipeline.config import EngineConfig, RuntimeConfig
 from pipeline.data.codec import CodecConfig
 from pipeline.distributed import World, world_from_environment
-from pipeline.engine import Engine, start_process_group
+from pipeline.engine import Engine
 from pipeline.models.config import PoseConfig
 from pipeline.models.parameter_groups import freeze, layer_decay_groups
 from pipeline.models.pose import PoseModel
 from pipeline.objectives import PoseObjective
+from pipeline.process_group import start_process_group
 
 BACKBONE = {
     "size": "micro",

@@ -23,8 +23,8 @@ def make_backbone(config: BackboneConfig, datasets: Sequence[str] = ()) -> ViT |
     return ResNet(config)
 
 
-def count_parameters(config: BackboneConfig) -> int:
-    """Number of parameters of the backbone, without allocating it."""
+def count_parameters(config: BackboneConfig, datasets: Sequence[str] = ()) -> int:
+    """Number of parameters of the backbone, with the experts of `datasets`, without allocating it."""
     with torch.device("meta"):
-        backbone: nn.Module = make_backbone(config)
+        backbone: nn.Module = make_backbone(config, datasets)
     return count(backbone)

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.models.attention import WindowAttention, Windows
-from pipeline.models.vit import ViT, count_parameters
+from pipeline.models.backbones import count_parameters
+from pipeline.models.vit import ViT
 from pipeline.models.vit_config import ViTConfig
 
 Grid = tuple[int, int]

@@ -13,13 +13,14 @@ from pipeline.artifacts import read_artifact
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.models.backbones import count_parameters
 from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.loading import MAESpec, PoseSpec, load_pose
 from pipeline.models.mae import MAE
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel, describe
 from pipeline.models.splitting import split
-from pipeline.models.vit import ViT, count_parameters
+from pipeline.models.vit import ViT
 from pipeline.models.vit_config import ViTConfig
 from pipeline.objectives import DistillObjective, TokenObjective
 from pipeline.pose_training import initialise

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.models.backbones import count_parameters
 from pipeline.models.parallel_convolution import ParallelBlock
-from pipeline.models.vit import ViT, count_parameters
+from pipeline.models.vit import ViT
 from pipeline.models.vit_config import ViTConfig
 
 SMALL = {"size": "micro", "image_size": (64, 48)}

@@ -187,7 +187,7 @@ def test_a_dry_run_shows_the_student_that_learns_from_people_without_keypoints(
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A process group of one, gone afterwards with everything that it put into the environment."""
-    from pipeline.engine import start_process_group
+    from pipeline.process_group import start_process_group
 
     before = dict(os.environ)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
