@@ -22,7 +22,7 @@ from pipeline.models.pose import PoseModel, describe
 from pipeline.models.splitting import split
 from pipeline.models.vit import ViT
 from pipeline.models.vit_config import ViTConfig
-from pipeline.objectives import DistillObjective, TokenObjective
+from pipeline.objectives import DistillObjective, TeacherWeight, TokenObjective
 from pipeline.pose_training import initialise
 from tests.models.test_loading import publish_model
 
@@ -175,7 +175,7 @@ def test_a_teacher_with_experts_teaches_each_crop_as_its_own_dataset() -> None:
         "weight": torch.ones(4),
     }
     codec, names = CodecConfig(input_size=(64, 48), heatmap_size=(16, 12)), ["coco", "mpii"]
-    settings = {"output_weight": 1.0, "labelled_only": False, "precision": "fp32"}
+    settings = {"weight": TeacherWeight(1.0), "labelled_only": False, "precision": "float32"}
     found = DistillObjective(student, codec, names, teacher, **settings)(batch)[1]["loss_teacher"]
     plain = {name: split(spec_of(teacher), teacher.state_dict(), name) for name in names}
     expected = torch.zeros(())
