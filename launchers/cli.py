@@ -72,7 +72,7 @@ def reproduce(
     ] = None,
     overrides: Overrides = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Published weights of the row's size, which are evaluated before anything else.")
+        Path | None, typer.Option(help="Published weights (docs/rows.md says which), evaluated before anything else.")
     ] = None,
     weights_format: Annotated[
         str, typer.Option("--format", help="Of the weights: vitpose, mmpose or huggingface.")

@@ -162,6 +162,7 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     elif isinstance(spec, PoseSpec):
         source = load_pose(artifact)[0]
         state, dropped = dict(source.backbone.state_dict()), _take_decoders(model, source, spec)
+        dropped += _take_token(model, source)
         grid = spec.config.backbone.grid
     else:
         raise ArtifactError(f"{artifact.path}: a {spec.model} can't initialise a pose model")
@@ -181,9 +182,8 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
             raise ArtifactError(f"{artifact.path}: {name} {tuple(value.shape)} does not fit the backbone: {expected}")
     model.backbone.load_state_dict({**target, **state})
     fresh = sorted(target.keys() - state.keys())
-    logger.info(
-        "backbone from %s; fresh: %s; left out: %s", artifact.path, fresh or "nothing", len(dropped) or "nothing"
-    )
+    left = ", ".join(dropped) if isinstance(spec, PoseSpec) else f"{len(dropped)} tensors"
+    logger.info("backbone from %s; fresh: %s; left out: %s", artifact.path, fresh or "nothing", left or "nothing")
 
 
 def _require_kind(model: PoseModel, spec: Spec, artifact: Artifact) -> None:
@@ -204,6 +204,18 @@ def _take_decoders(model: PoseModel, source: PoseModel, spec: PoseSpec) -> list[
         else:
             left.append(name)
     return left
+
+
+def _take_token(model: PoseModel, source: PoseModel) -> list[str]:
+    """Copies a knowledge token of the same shape. Returns its name where it stays behind."""
+    own, token = model.knowledge_token, source.knowledge_token
+    if token is None:
+        return []
+    if own is None or own.shape != token.shape:
+        return ["knowledge_token"]
+    with torch.no_grad():
+        own.copy_(token)
+    return []
 
 
 def require_compatible(student: PoseSpec, teacher: PoseSpec) -> None:

@@ -47,6 +47,8 @@ class Config(PoseTrainingConfig):
 
     @model_validator(mode="after")
     def _frozen_parts_were_trained(self) -> "Config":
+        if self.freeze is not None and not self.model.backbone.decay_blocks:
+            raise ValueError(f"freeze is of a ViT's blocks; leave it out for a {self.model.backbone.kind}")
         if self.freeze is not None and self.inputs.init is None:
             raise ValueError(f"freeze: {self.freeze} would freeze random weights: give inputs.init, or leave it out")
         return self

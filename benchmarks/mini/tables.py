@@ -160,7 +160,7 @@ def _identity(pipeline: PipelineConfig, name: str) -> dict[str, Any]:
         "version": type(config).version,
         "config": _chosen(config),
         "inputs": config.references(),
-        "definitions": {source.name: load_definition(source.name).model_dump(mode="json") for source in sources},
+        "definitions": {source.name: fingerprint_view(load_definition(source.name)) for source in sources},
     }
 
 

@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError
 from pipeline.models.loading import PoseSpec
 from pipeline.models.pose import PoseModel
 
-_OF_TRAINING = ("size", "drop_path", "gradient_checkpointing")
+_OF_TRAINING = ("size", "positions", "drop_path", "gradient_checkpointing")
 """Of a backbone's configuration, what the weights do not depend on."""
 
 

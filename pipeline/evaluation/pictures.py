@@ -78,19 +78,10 @@ def contact_sheet(
     return sheet
 
 
-def save_png(image: np.ndarray, path: Path) -> None:
-    """Writes an image as PNG."""
-    _save(image, path, ".png", [])
-
-
 def save_jpg(image: np.ndarray, path: Path, quality: int = 90) -> None:
     """Writes an image as JPEG."""
-    _save(image, path, ".jpg", [cv2.IMWRITE_JPEG_QUALITY, quality])
-
-
-def _save(image: np.ndarray, path: Path, form: str, parameters: list[int]) -> None:
-    done, data = cv2.imencode(form, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), parameters)
-    assert done, f"cv2 can't encode an image of shape {image.shape} as {form}"
+    done, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    assert done, f"cv2 can't encode an image of shape {image.shape}"
     path.write_bytes(data.tobytes())
 
 

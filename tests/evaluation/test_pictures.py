@@ -5,7 +5,7 @@ import numpy as np
 
 from pipeline.data.annotations import read
 from pipeline.data.definitions import DatasetSource, load_definition
-from pipeline.evaluation.pictures import COLOURS, contact_sheet, draw_skeleton, save_jpg, save_png
+from pipeline.evaluation.pictures import COLOURS, contact_sheet, draw_skeleton, save_jpg
 
 COCO = load_definition("coco")
 
@@ -92,8 +92,6 @@ def test_captions_have_their_own_strip_and_never_run_into_the_next_cell() -> Non
 def test_saved_pictures_keep_their_colours(tmp_path: Path) -> None:
     image = np.zeros((16, 16, 3), np.uint8)
     image[..., 0] = 200
-    save_png(image, tmp_path / "a.png")
     save_jpg(image, tmp_path / "a.jpg")
-    for name, tolerance in (("a.png", 0), ("a.jpg", 4)):
-        back = cv2.cvtColor(cv2.imread(str(tmp_path / name)), cv2.COLOR_BGR2RGB).astype(int)
-        assert abs(back - image).max() <= tolerance
+    back = cv2.cvtColor(cv2.imread(str(tmp_path / "a.jpg")), cv2.COLOR_BGR2RGB).astype(int)
+    assert abs(back - image).max() <= 4

@@ -123,6 +123,17 @@ def test_settings_that_can_not_be_are_refused() -> None:
         ViT(config().backbone)
 
 
+def test_a_knowledge_token_is_taken_along_or_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = build(1, ["coco"], expert_width=0, knowledge_tokens=1)
+    artifact = publish_model(tmp_path, spec_of(source), dict(source.state_dict()))
+    with caplog.at_level("INFO"):
+        initialise(build(2, ["coco"], expert_width=0), artifact)
+    assert "left out: knowledge_token" in caplog.text
+    model = build(2, ["coco"], expert_width=0, knowledge_tokens=1)
+    initialise(model, artifact)
+    assert source.knowledge_token.any() and torch.equal(model.knowledge_token, source.knowledge_token)
+
+
 def test_every_expert_starts_from_the_last_rows_of_a_plain_models_second_layer(tmp_path: Path) -> None:
     plain = build(1, ["coco"], expert_width=0)
     artifact = publish_model(tmp_path, spec_of(plain), dict(plain.state_dict()))

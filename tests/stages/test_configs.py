@@ -51,6 +51,9 @@ def test_what_was_never_trained_is_not_frozen() -> None:
     assert "freeze: attention would freeze random weights" in refused("finetune", {"freeze": "attention"})
     assert "freeze" in refused("finetune", {"freeze": "heads", "inputs.init": "mae"})
     assert config("finetune", {"freeze": "ffn", "inputs.init": "mae"}).freeze == "ffn"
+    resnet = {"kind": "resnet", "image_size": [64, 64]}
+    found = refused("finetune", {"freeze": "ffn", "inputs.init": "mae", "model.backbone": resnet})
+    assert "leave it out for a resnet" in found
 
 
 def test_every_kind_has_a_file_with_config_and_run() -> None:

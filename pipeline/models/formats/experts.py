@@ -14,7 +14,7 @@ def split_experts(intake: Intake, wanted: Sequence[str]) -> list[DatasetDefiniti
     """The definition of the one dataset that a ViTPose+ file is split for; none for a file without experts.
 
     In each block `fc2` makes the first C - p channels for all datasets, expert e the last p for dataset e: together they
-    are the `fc2` of a plain block, exactly. This is the place where a whole model with experts would be made instead.
+    are the `fc2` of a plain block, exactly. A file is not read as one model with experts.
     Raises ConfigError unless one dataset of the file is wanted.
     """
     experts = intake.numbers("backbone.blocks.0.mlp.experts")
