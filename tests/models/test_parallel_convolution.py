@@ -43,7 +43,9 @@ def test_a_fresh_branch_leaves_a_plain_backbone_as_it_is() -> None:
     plain.init_weights()
     model = ViT(ViTConfig.model_validate({**SMALL, "parallel_convolution": True}))
     model.init_weights()
-    model.load_state_dict(plain.state_dict(), strict=False)
+    found = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert set(found.missing_keys) <= model.state_dict().keys() - plain.state_dict().keys()
     images = torch.randn(2, 3, 64, 48)
     torch.testing.assert_close(model(images), plain(images))
 
