@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launchers import chain, slurm
-from launchers.console import setup_logging, table
+from launchers import chain, model_commands, slurm
+from launchers.console import AsJson, setup_logging, table
 from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
@@ -36,7 +36,6 @@ PipelineArgument = Annotated[str, typer.Argument(help="A pipeline YAML, or the n
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Dotted config keys, such as seed=1.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -167,103 +166,6 @@ def sync(pipeline: PipelineArgument, overrides: Overrides = None, as_json: AsJso
         raise VitruvianError("not everything could be sent; nothing is lost, and the same command sends the rest")
 
 
-@app.command()
-def predict(
-    artifact: Annotated[str, typer.Argument(help="Folder of a pose model's artifact, or mlflow:RUN_ID.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    boxes: Annotated[
-        Path | None,
-        typer.Option(help="JSON: image file name -> list of [x, y, width, height]; unset: the whole image."),
-    ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Whose decoder; unset: COCO's, else the first.")] = None,
-    out: Annotated[Path, typer.Option(help="Where keypoints.json and the pictures go.")] = Path("predictions"),
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, for mlflow:RUN_ID.")] = None,
-    flip: Annotated[bool, typer.Option(help="Average with the mirrored image.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Find keypoints of people in images: JSON, and pictures with the skeleton drawn."""
-    from launchers.predict import predict_files
-
-    found = predict_files(artifact, images, boxes, dataset, out, tracking_uri, flip)
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for name, people in found["images"].items():
-        typer.echo(f"{name}: {len(people)} {'person' if len(people) == 1 else 'people'}")
-    typer.echo(f"keypoints and pictures are in {out}")
-
-
-@app.command("split")
-def split_model(
-    artifact: Annotated[Path, typer.Argument(help="Folder of a pose model's artifact.")],
-    dataset: Annotated[str, typer.Option(help="Whose expert and decoder stay.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new artifact; must not exist.")],
-) -> None:
-    """Take one dataset's plain model out of a model of several datasets, with ViTPose+'s experts or without."""
-    from launchers.split import split_artifact
-
-    found = split_artifact(artifact, dataset, out)
-    typer.echo(f"{found.path}: {dataset} alone, {found.digest[:12]}")
-
-
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="Checkpoint file, or Hugging Face folder; a path or an fsspec URL.")],
-    format: Annotated[str, typer.Option("--from", help="mae, vitpose (ViTPose+, too), mmpose, huggingface or timm.")],
-    out: Annotated[Path, typer.Option(help="Folder of the artifact; must not be there yet.")],
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Whose decoder to take, several times for several; unset: all of them, COCO for a single one."
-        ),
-    ] = None,
-    input_size: Annotated[
-        str | None, typer.Option("--input", metavar="HxW", help="Input size, where the positions do not tell it.")
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads, where the width does not tell them.")
-    ] = None,
-    licence: Annotated[
-        str | None, typer.Option(help="Licence of the weights, kept with everything made of them.")
-    ] = None,
-    sha256: Annotated[str | None, typer.Option(help="Digest that the file must have; needed for a URL.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Turn others' weights into an artifact. Nothing in the file is executed; every tensor is accounted for."""
-    from launchers import conversion
-
-    found = conversion.convert(source, format, out, dataset or [], input_size, heads, licence, sha256)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    for line in found["report"]:
-        typer.echo(line)
-    typer.echo(f"artifact {found['digest'][:12]} in {out}: {', '.join(map(str, found['model'].values()))}")
-
-
-@app.command()
-def export(
-    artifact: Annotated[str, typer.Argument(help="Folder of a pose model's artifact, or mlflow:RUN_ID.")],
-    format: Annotated[str, typer.Option("--to", help="huggingface, mmpose or onnx.")],
-    out: Annotated[Path, typer.Option(help="Folder for the files; must not be there yet.")],
-    dataset: Annotated[
-        str | None, typer.Option(help="Whose decoder; needed where the format takes one of several.")
-    ] = None,
-    tracking_uri: Annotated[str | None, typer.Option(help="MLflow server, for mlflow:RUN_ID.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a pose model in somebody else's format, exactly or not at all."""
-    from launchers import conversion
-
-    found = conversion.export(artifact, format, out, dataset, tracking_uri)
-    if as_json:
-        typer.echo(json.dumps(found, indent=2))
-        return
-    for line in found["report"]:
-        typer.echo(line)
-    typer.echo(f"{', '.join(found['files'])} in {out}")
-
-
 @data_app.command("check")
 def data_check(
     dataset: Annotated[str, typer.Argument(help="Name of a dataset definition (coco, aic, mpii, ...) or a YAML.")],
@@ -311,6 +213,10 @@ def _show_results(config: PipelineConfig, chosen: list[str], as_json: bool) -> N
     if config.tracking.uri == "auto":
         store = config.workspace.absolute() / "mlflow.db"
         typer.echo(f"browse the runs:      mlflow ui --backend-store-uri sqlite:///{store}")
+
+
+for command in (model_commands.predict, model_commands.split, model_commands.convert, model_commands.export):
+    app.command()(command)
 
 
 def main() -> None:

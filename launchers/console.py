@@ -3,10 +3,14 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+"""The option that every command with an answer has."""
 
 _FORMAT = "%(asctime)s %(message)s"
 _UNBOUNDED = 10_000

@@ -1,18 +1,32 @@
-"""What `vitruvian convert` and `vitruvian export` do."""
+"""What `vitruvian convert`, `vitruvian split` and `vitruvian export` do."""
 
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from launchers.artifact_source import local_artifact
-from pipeline.artifacts import publish, read_artifact
-from pipeline.errors import ConfigError
-from pipeline.files import digest_of, require_writable, staging, write_text
+from launchers.output import publish_artifact, require_new
+from pipeline.artifacts import Parent, read_artifact
+from pipeline.errors import ArtifactError, ConfigError
+from pipeline.files import staging
+from pipeline.models import splitting
 from pipeline.models.formats.outgoing import Outgoing
 from pipeline.models.formats.pose import Wanted
 from pipeline.models.formats.registry import READERS, WRITERS, read_source
-from pipeline.models.loading import MAESpec, load_pose, save_model, summary
+from pipeline.models.loading import (
+    MAESpec,
+    PoseSpec,
+    load_pose,
+    read_spec,
+    read_tensors,
+    require_fit,
+    save_model,
+    summary,
+)
+from pipeline.models.pose import PoseModel
 from stages.importing import Config
 
 
@@ -30,7 +44,7 @@ def convert(
     _require_known("--from", format, list(READERS))
     if "://" in source and sha256 is None:
         raise ConfigError("--sha256: a URL needs the sha256 of what lies there")
-    _require_new(out)
+    require_new(out)
     wanted = Wanted(datasets=tuple(datasets), input_size=_size(input_size), heads=heads)
     imported, digest = read_source(source, format, wanted, sha256)
     if datasets and isinstance(imported.spec, MAESpec):
@@ -47,31 +61,17 @@ def convert(
             "licence": licence or "not stated",
         }
     ).model_dump(mode="json")
-    about = imported.about(source, digest)
-    with tempfile.TemporaryDirectory(dir=_parent(out), prefix=f".{out.name}.") as folder:
-        staged = Path(folder) / out.name
-        staged.mkdir()
-        save_model(staged, imported.spec, imported.tensors)
-        lines = [
-            f"# {out.name}",
-            "",
-            f"Converted from {format}.",
-            "",
-            *(f"- {key}: {value}" for key, value in about.items()),
-        ]
-        write_text(staged / "card.md", "\n".join([*lines, "", "## Licences", "", f"- {section['licence']}", ""]))
-        artifact = publish(
-            staged,
-            out,
-            pipeline="convert",
-            stage=out.name,
-            kind="import",
-            fingerprint=digest_of(section),
-            config=section,
-            parents={},
-            metrics={},
-            licences=[section["licence"]],
-        )
+    about = "".join(f"- {key}: {value}\n" for key, value in imported.about(source, digest).items())
+    artifact = publish_artifact(
+        out,
+        lambda staged: save_model(staged, imported.spec, imported.tensors),
+        f"# {out.name}\n\nConverted from {format}.\n\n{about}".rstrip(),
+        pipeline="convert",
+        stage=out.name,
+        kind="import",
+        config=section,
+        licences=[section["licence"]],
+    )
     return {
         "artifact": str(out),
         "digest": artifact.digest,
@@ -81,10 +81,41 @@ def convert(
     }
 
 
+def split(artifact: str, dataset: str, out: Path, tracking_uri: str | None) -> dict[str, Any]:
+    """One dataset's plain model out of a pose model of several, as an artifact in `out`. Returns what happened.
+
+    Raises ConfigError and ArtifactError.
+    """
+    require_new(out)
+    with tempfile.TemporaryDirectory() as folder:
+        source = read_artifact(local_artifact(artifact, tracking_uri, Path(folder)))
+        whole = read_spec(source)
+        if not isinstance(whole, PoseSpec):
+            raise ArtifactError(f"{artifact}: holds a model of type {whole.model!r}, expected a pose model")
+        spec, tensors = splitting.split(whole, read_tensors(source), dataset, artifact)
+    with torch.device("meta"):
+        require_fit(PoseModel(spec.config, spec.keypoints), tensors, artifact)
+    manifest = source.manifest
+    made = publish_artifact(
+        out,
+        lambda staged: save_model(staged, spec, tensors),
+        f"# {manifest.pipeline} / {manifest.stage}, {dataset} alone\n\n"
+        f"The plain model that computes what `{source.digest[:12]}` does for `{dataset}`; the shared weights saw all of its "
+        "datasets.",
+        pipeline=manifest.pipeline,
+        stage=manifest.stage,
+        kind="split",
+        config={"kind": "split", "dataset": dataset},
+        licences=manifest.licences,
+        parents={"model": Parent(stage=manifest.stage, digest=source.digest, fingerprint=manifest.fingerprint)},
+    )
+    return {"artifact": str(out), "digest": made.digest, "model": summary(spec), "report": []}
+
+
 def export(artifact: str, format: str, out: Path, dataset: str | None, tracking_uri: str | None) -> dict[str, Any]:
     """A pose model in somebody else's format, as files in `out`. Returns what happened."""
     _require_known("--to", format, list(WRITERS))
-    _require_new(out)
+    require_new(out)
     with tempfile.TemporaryDirectory() as folder:
         model, spec = load_pose(read_artifact(local_artifact(artifact, tracking_uri, Path(folder))))
     outgoing = Outgoing(spec, model.state_dict(), Path(artifact).name, dataset)
@@ -97,17 +128,6 @@ def export(artifact: str, format: str, out: Path, dataset: str | None, tracking_
 def _require_known(option: str, format: str, known: list[str]) -> None:
     if format not in known:
         raise ConfigError(f"{option}: no format {format!r}; one of {', '.join(known)}")
-
-
-def _require_new(out: Path) -> None:
-    """Refuses a place that holds something, and one that can't be written to, before any work is done."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out: {out} is there already; choose another folder or remove this one")
-    require_writable(_parent(out))
-
-
-def _parent(out: Path) -> Path:
-    return out.absolute().parent
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

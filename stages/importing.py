@@ -60,6 +60,15 @@ class Config(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _experts_are_split(self) -> "Config":
+        if self.model.backbone.expert_width:
+            raise ValueError(
+                "model.backbone.expert_width: ViTPose+ comes in as the plain model of one of its datasets; leave it out here "
+                "and set it in the stage that starts from this one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _datasets_are_of_decoders(self) -> "Config":
         if self.datasets and isinstance(self.model, MAEConfig):
             raise ValueError("datasets name decoders, and an encoder has none; leave them out")

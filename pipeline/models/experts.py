@@ -104,20 +104,25 @@ def grow_experts(state: Mapping[str, Tensor], target: Mapping[str, Tensor], sour
     return grown
 
 
-def merge_expert(state: Mapping[str, Tensor], dataset: str) -> dict[str, Tensor]:
-    """The state dict of a backbone with experts as the plain one's that `dataset` sees: fc2's rows, then its expert's.
+def merge_expert(state: Mapping[str, Tensor], expert: str, source: str) -> dict[str, Tensor]:
+    """The state dict of a backbone with experts as the plain one's that this expert makes: fc2's rows, then its own.
 
-    Without experts it comes back as it is. Raises ArtifactError if a block lacks that dataset's expert.
+    Without experts it comes back as it is. Raises ArtifactError if a block lacks that expert, or has one that does not fit.
     """
     if not any(map(_EXPERT.fullmatch, state)):
         return dict(state)
     plain = {name: value for name, value in state.items() if not _EXPERT.fullmatch(name)}
-    for name in [name for name in plain if _FC2.fullmatch(name)]:
-        mlp, kind = name.rsplit(".fc2.", 1)
-        expert = state.get(f"{mlp}.experts.{dataset}.{kind}")
-        if expert is None:
-            raise ArtifactError(f"{mlp} has no expert for {dataset!r}; the tensors are not those of one model")
-        plain[name] = torch.cat([plain[name], expert])
+    for name, shared in plain.items():
+        if match := _FC2.fullmatch(name):
+            other = f"{match['mlp']}.experts.{expert}.{match['kind']}"
+            own = state.get(other)
+            if own is None:
+                raise ArtifactError(f"{source}: missing {other}; the tensors are not those of one model")
+            if own.shape[1:] != shared.shape[1:]:
+                raise ArtifactError(
+                    f"{source}: {other} {tuple(own.shape)} does not continue {name} {tuple(shared.shape)}"
+                )
+            plain[name] = torch.cat([shared, own])
     return plain
 
 

@@ -1,4 +1,4 @@
-"""`vitruvian convert` and `vitruvian export`, as a user types them, and what the stages then make of the artifact."""
+"""`vitruvian convert`, `split` and `export`, as a user types them, and what the stages then make of the artifact."""
 
 import json
 import os
@@ -19,6 +19,9 @@ from pipeline.pose_training import initialise, require_compatible
 from stages import module_of
 from tests.faults.fixtures import context, publish_at
 from tests.models.formats.models import CLASSIC, heatmap_error, images, outgoing_of, randomise, same, spec_of
+from tests.models.test_experts import build as build_with_experts
+from tests.models.test_experts import spec_of as spec_with_experts
+from tests.models.test_loading import publish_model
 
 
 @pytest.fixture(autouse=True)
@@ -145,6 +148,10 @@ def test_the_stage_makes_a_teacher_that_distillation_takes(elsewhere: Path, fold
             {"model": {"backbone": {"size": "B"}}, "datasets": ["coco"]},
             "datasets name decoders, and an encoder has none",
         ),
+        (
+            {"format": "vitpose", "model": {"backbone": {"size": "B", "expert_width": 192}, "decoder": {}}},
+            "expert_width: ViTPose\\+ comes in as the plain model of one of its datasets",
+        ),
     ],
 )
 def test_a_section_is_checked_as_its_format_says(elsewhere: Path, section: dict[str, Any], message: str) -> None:
@@ -171,3 +178,30 @@ def test_a_model_of_two_datasets_is_exported_for_one(elsewhere: Path) -> None:
     assert torch.equal(
         back.tensors["decoders.aic.final_layer.bias"], model.state_dict()["decoders.aic.final_layer.bias"]
     )
+
+
+def test_split_publishes_the_plain_model_of_one_dataset(elsewhere: Path) -> None:
+    model = build_with_experts()
+    source = publish_model(elsewhere / "plus", spec_with_experts(model), dict(model.state_dict()))
+    said = done("split", "plus/artifact", "--dataset", "mpii", "--out", "mpii")
+    artifact = read_artifact(elsewhere / "mpii")
+    assert artifact.digest == said["digest"] and artifact.manifest.parents["model"].digest == source.digest
+    plain, spec = load_pose(artifact)
+    assert spec.config.backbone.expert_width == 0 and list(spec.datasets) == ["mpii"]
+    torch.testing.assert_close(plain(images())["mpii"], model(images(), ["mpii"])["mpii"], rtol=1e-6, atol=1e-6)
+    assert not list(elsewhere.glob(".*"))
+    for words, message in (
+        (("split", "plus/artifact", "--dataset", "mpii", "--out", "mpii"), "--out: mpii is there already"),
+        (
+            ("split", "plus/artifact", "--dataset", "ochuman", "--out", "new"),
+            "plus/artifact: no decoder for dataset 'ochuman'",
+        ),
+        *(
+            (("export", "plus/artifact", "--to", to, "--out", "new"), "`vitruvian split`")
+            for to in ("huggingface", "mmpose", "onnx")
+        ),
+    ):
+        refused = call(*words)
+        assert isinstance(refused.exception, ConfigError) and message in str(refused.exception)
+    (elsewhere / "empty").mkdir()
+    assert "mpii alone" in call("split", "plus/artifact", "--dataset", "mpii", "--out", "empty").output

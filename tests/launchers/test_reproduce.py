@@ -1,9 +1,7 @@
 """`vitruvian reproduce`: the rows of the paper, the check by published weights, the result file."""
 
 import json
-import logging
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,22 +30,13 @@ ROWS = load_rows()
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "rows.md"
 
 
+pytestmark = pytest.mark.usefixtures("own_process")
+
+
 @pytest.fixture(autouse=True)
-def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """An empty current directory, one process, and the handlers of logs and signals of before."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    monkeypatch.chdir(tmp_path)
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model's parameters, whatever the number of rows."""
     remember(monkeypatch, dry_run)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    yield
-    for number, handler in signals.items():
-        signal.signal(number, handler)
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.mark.parametrize("name", ROWS.names())

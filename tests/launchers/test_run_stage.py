@@ -1,10 +1,8 @@
 """`run_stage.py`: a mistake of the user is one line on stderr, exit code 2, and nothing is started."""
 
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,19 +30,7 @@ MAE: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No launcher's variables, a folder of its own, and the log handlers of before."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", os.environ["PATH"])
-    monkeypatch.chdir(tmp_path)
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    os.environ.pop("LOCAL_RANK", None)
+pytestmark = pytest.mark.usefixtures("own_process")
 
 
 def publish_at(final: Path) -> None:

@@ -6,16 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from launchers.cli import app
-from pipeline.artifacts import read_artifact
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.backbones import count_parameters
 from pipeline.models.config import MAEConfig, PoseConfig
-from pipeline.models.loading import MAESpec, PoseSpec, load_pose
+from pipeline.models.loading import MAESpec, PoseSpec
 from pipeline.models.mae import MAE
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel, describe
@@ -76,7 +73,7 @@ def test_a_mixed_batch_computes_what_each_datasets_plain_model_does(checkpointin
     found, zero = model.forward_mixed(images(), torch.tensor([2, 0, 1, 0, 2]), ["aic", "mpii", "coco"])
     assert {name: rows.tolist() for name, (rows, _) in found.items()} == {"coco": [0, 4], "aic": [1, 3], "mpii": [2]}
     for name, (rows, maps) in found.items():
-        plain_spec, tensors = split(spec, model.state_dict(), name)
+        plain_spec, tensors = split(spec, model.state_dict(), name, "model")
         plain = PoseModel(plain_spec.config, plain_spec.keypoints)
         plain.load_state_dict(tensors)
         expected = plain.eval()(images())[name]
@@ -188,7 +185,7 @@ def test_a_teacher_with_experts_teaches_each_crop_as_its_own_dataset() -> None:
     codec, names = CodecConfig(input_size=(64, 48), heatmap_size=(16, 12)), ["coco", "mpii"]
     settings = {"weight": TeacherWeight(1.0), "labelled_only": False, "precision": "float32"}
     found = DistillObjective(student, codec, names, teacher, **settings)(batch)[1]["loss_teacher"]
-    plain = {name: split(spec_of(teacher), teacher.state_dict(), name) for name in names}
+    plain = {name: split(spec_of(teacher), teacher.state_dict(), name, "model") for name in names}
     expected = torch.zeros(())
     for number, (spec, tensors) in enumerate(plain.values()):
         one = PoseModel(spec.config, spec.keypoints)
@@ -202,17 +199,13 @@ def test_a_teacher_with_experts_teaches_each_crop_as_its_own_dataset() -> None:
     assert token.token.grad is not None and token.token.grad.any()
 
 
-def test_split_publishes_the_plain_model_of_one_dataset(tmp_path: Path) -> None:
+def test_a_dataset_without_a_decoder_and_an_expert_that_does_not_fit_are_named() -> None:
     model = build()
-    source = publish_model(tmp_path / "model", spec_of(model), dict(model.state_dict()))
-    out = tmp_path / "mpii"
-    arguments = ["split", str(source.path), "--dataset", "mpii", "--out", str(out)]
-    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
-    artifact = read_artifact(out)
-    assert artifact.manifest.parents["model"].digest == source.digest
-    plain, spec = load_pose(artifact)
-    assert spec.config.backbone.expert_width == 0 and list(spec.datasets) == ["mpii"]
-    torch.testing.assert_close(plain(images())["mpii"], model(images(), ["mpii"])["mpii"], rtol=1e-6, atol=1e-6)
-    assert isinstance(CliRunner().invoke(app, arguments).exception, ConfigError)
-    with pytest.raises(ConfigError, match="'ochuman' has no decoder in this model"):
-        split(spec_of(model), model.state_dict(), "ochuman")
+    state = dict(model.state_dict())
+    with pytest.raises(ConfigError, match=r"plus: no decoder for dataset 'ochuman'; it has coco, aic, mpii"):
+        split(spec_of(model), state, "ochuman", "plus")
+    name = "backbone.blocks.1.mlp.experts.mpii.weight"
+    with pytest.raises(ArtifactError, match=r"plus: blocks.1.mlp.experts.mpii.weight \(8, 5\) does not continue"):
+        split(spec_of(model), state | {name: state[name][:, :5]}, "mpii", "plus")
+    with pytest.raises(ArtifactError, match=r"plus: missing blocks.1.mlp.experts.mpii.weight"):
+        split(spec_of(model), {other: value for other, value in state.items() if other != name}, "mpii", "plus")

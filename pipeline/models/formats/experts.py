@@ -6,8 +6,11 @@ import torch
 
 from pipeline.data.definitions import DatasetDefinition, load_definition
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.models.experts import merge_expert
 from pipeline.models.formats.keys import Intake
 from pipeline.models.formats.pose import VITPOSE_ORDER, choose_heads
+
+_BACKBONE = "backbone."
 
 
 def split_experts(intake: Intake, wanted: Sequence[str]) -> list[DatasetDefinition]:
@@ -41,19 +44,16 @@ def split_experts(intake: Intake, wanted: Sequence[str]) -> list[DatasetDefiniti
 
 
 def join_expert(intake: Intake, index: int) -> None:
-    """Puts one expert's channels behind the shared ones of each block, and drops the others."""
-    for block in intake.numbers("backbone.blocks"):
-        for part in ("weight", "bias"):
-            shared = f"backbone.blocks.{block}.mlp.fc2.{part}"
-            own = f"backbone.blocks.{block}.mlp.experts.{index}.{part}"
-            rows = [intake.take(shared), intake.take(own)]
-            if rows[0].shape[1:] != rows[1].shape[1:]:
-                raise ArtifactError(
-                    f"{intake.where}: {intake.theirs(own)} {tuple(rows[1].shape)} does not continue "
-                    f"{intake.theirs(shared)} {tuple(rows[0].shape)}"
-                )
-            intake.tensors[shared] = torch.cat(rows)
-            del intake.tensors[own]
+    """Puts one expert's channels behind the shared ones of each block, and drops the others. Raises ArtifactError."""
+    state = {
+        name.removeprefix(_BACKBONE): tensor for name, tensor in intake.tensors.items() if name.startswith(_BACKBONE)
+    }
+    joined = merge_expert(state, str(index), intake.where)
+    for name in state:
+        if name in joined:
+            intake.tensors[_BACKBONE + name] = joined[name]
+        elif f".mlp.experts.{index}." in name:
+            del intake.tensors[_BACKBONE + name]
     intake.changes.append(f"mlp.fc2 of every block was joined with mlp.experts.{index}")
     _drop_experts(intake, "an expert of another dataset")
 

@@ -46,8 +46,7 @@ def write(outgoing: Outgoing, folder: Path) -> list[str]:
     except ImportError:
         raise ConfigError("export to onnx needs the extra `export`: pip install 'vitruvian[export]'") from None
     spec = outgoing.spec
-    if spec.config.backbone.expert_width:
-        raise ConfigError("export to onnx: experts must know each image's dataset; take one out with `vitruvian split`")
+    outgoing.require_no_experts("onnx")
     datasets = (outgoing.one_dataset("onnx")[0],) if outgoing.dataset else tuple(spec.datasets)
     model = PoseModel(spec.config, spec.keypoints)
     model.load_state_dict(dict(outgoing.tensors))

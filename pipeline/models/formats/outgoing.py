@@ -46,6 +46,14 @@ class Outgoing:
             raise ConfigError(f"{self.where}: no decoder for dataset {chosen!r}; it has {', '.join(names)}")
         return chosen, self.spec.datasets[chosen]
 
+    def require_no_experts(self, format: str) -> None:
+        """Raises ConfigError for ViTPose+'s experts, which must know each image's dataset."""
+        if self.spec.config.backbone.expert_width:
+            raise ConfigError(
+                f"{self.where}: has an expert a dataset, and {format} takes plain models; take one out with "
+                "`vitruvian split` and export that"
+            )
+
     def require_plain(self, format: str, tokens: int) -> None:
         """Raises ConfigError that names the first setting that a format of plain ViTs can't express.
 
@@ -54,6 +62,7 @@ class Outgoing:
         config = self.spec.config
         if not isinstance(config.backbone, ViTConfig):
             raise ConfigError(f"{self.where}: model.backbone is no vision transformer; {format} has nothing else")
+        self.require_no_experts(format)
         sections: dict[str, BaseModel] = {
             "model": config,
             "model.backbone": config.backbone,
