@@ -17,7 +17,6 @@ from pipeline.models.formats.outgoing import Outgoing
 from pipeline.models.formats.pose import Wanted
 from pipeline.models.formats.registry import READERS, WRITERS, read_source
 from pipeline.models.loading import (
-    MAESpec,
     PoseSpec,
     load_pose,
     read_spec,
@@ -47,7 +46,7 @@ def convert(
     require_new(out)
     wanted = Wanted(datasets=tuple(datasets), input_size=_size(input_size), heads=heads)
     imported, digest = read_source(source, format, wanted, sha256)
-    if datasets and isinstance(imported.spec, MAESpec):
+    if datasets and not isinstance(imported.spec, PoseSpec):
         raise ConfigError(f"--dataset: {source} holds an encoder, which has no decoders; leave it out")
     described = imported.spec.config.model_dump(mode="json")
     section = Config.model_validate(

@@ -54,7 +54,9 @@ def split(
 
 def convert(
     source: Annotated[str, typer.Argument(help="Checkpoint file, or Hugging Face folder; a path or an fsspec URL.")],
-    format: Annotated[str, typer.Option("--from", help="mae, vitpose (ViTPose+, too), mmpose, huggingface or timm.")],
+    format: Annotated[
+        str, typer.Option("--from", help="mae, vitpose (ViTPose+, too), mmpose, huggingface, timm or torchvision.")
+    ],
     out: NewFolder,
     dataset: Annotated[
         list[str] | None,

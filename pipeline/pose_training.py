@@ -20,6 +20,7 @@ from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score
 from pipeline.models.experts import grow_experts
 from pipeline.models.loading import (
+    EncoderSpec,
     MAESpec,
     PoseSpec,
     Spec,
@@ -33,6 +34,7 @@ from pipeline.models.loading import (
 from pipeline.models.mae import backbone_state
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
+from pipeline.models.resnet_config import ResNetConfig
 from pipeline.models.vit import interpolate_positions
 from pipeline.recipe import PoseTrainingConfig
 from pipeline.training import Evaluation, TrainingResult, train
@@ -148,7 +150,7 @@ class PoseSetup:
 
 
 def initialise(model: PoseModel, artifact: Artifact) -> None:
-    """Loads what another model offers: an autoencoder's encoder, or a pose model's backbone and equal decoders.
+    """Loads what another model offers: an encoder, an autoencoder's, or a pose model's backbone and equal decoders.
 
     Positions are interpolated where the grid differs; experts of a model that has some come from a plain MLP's or from
     those of the same datasets (`grow_experts`). Logs what stays fresh. Raises ArtifactError where a tensor does not fit,
@@ -159,6 +161,8 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     if isinstance(spec, MAESpec):
         state, dropped = backbone_state(read_tensors(artifact))
         grid = spec.config.backbone.grid
+    elif isinstance(spec, EncoderSpec):
+        state, dropped, grid = read_tensors(artifact), [], spec.config.backbone.grid
     elif isinstance(spec, PoseSpec):
         source = load_pose(artifact)[0]
         state, dropped = dict(source.backbone.state_dict()), _take_decoders(model, source, spec)
@@ -187,10 +191,15 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
 
 
 def _require_kind(model: PoseModel, spec: Spec, artifact: Artifact) -> None:
-    """Raises ArtifactError for another kind of backbone, whose tensors can't fit."""
-    own, found = model.config.backbone.kind, spec.config.backbone.kind if not isinstance(spec, TokenSpec) else None
-    if found not in (own, None):
-        raise ArtifactError(f"{artifact.path}: a {found} can't initialise a {own}; train from scratch or take another")
+    """Raises ArtifactError for another kind of backbone, whose tensors can't fit, and for a ResNet of another depth."""
+    if isinstance(spec, TokenSpec):
+        return
+    own, found = model.config.backbone, spec.config.backbone
+    if own.kind != found.kind or (isinstance(own, ResNetConfig) and own.summary != found.summary):
+        raise ArtifactError(
+            f"{artifact.path}: a {found.kind} ({found.summary}) can't initialise a {own.kind} ({own.summary}); train from "
+            "scratch or take another"
+        )
 
 
 def _take_decoders(model: PoseModel, source: PoseModel, spec: PoseSpec) -> list[str]:

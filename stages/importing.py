@@ -13,7 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config import StageConfig
 from pipeline.context import Context
-from pipeline.models.config import MAEConfig, PoseConfig
+from pipeline.models.config import EncoderConfig, MAEConfig, PoseConfig
 from pipeline.strict import AddedLater, Strict
 
 
@@ -32,15 +32,16 @@ class Config(StageConfig):
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     """Of the file, or of the weights in a folder; anything else is refused. Needed for a URL; for a local file the
     digest found is recorded."""
-    format: Literal["mae", "vitpose", "mmpose", "huggingface", "timm"] = "mae"
+    format: Literal["mae", "vitpose", "mmpose", "huggingface", "timm", "torchvision"] = "mae"
     """mae: a .pth or .safetensors of facebookresearch/mae, pretrained or finetune-ready; vitpose: the original ViTPose or
-    ViTPose+; mmpose: 1.x; huggingface: VitPose or ViTMAE; timm: a plain VisionTransformer."""
+    ViTPose+; mmpose: 1.x; huggingface: VitPose or ViTMAE; timm: a plain VisionTransformer; torchvision: a
+    ResNet-50, -101 or -152 of torchvision or timm."""
     datasets: Annotated[list[str], AddedLater] = []
     """Whose decoders a pose model has: names or YAML files of dataset definitions. Empty: those of the file, COCO's for a
     single one. ViTPose+ is split for exactly one."""
-    model: MAEConfig | PoseConfig
-    """What the weights are of: a pose model for vitpose and mmpose, an encoder for mae and timm, and for huggingface a pose
-    model if it has a `decoder`. An encoder's patch of 14 is padded to 16 with zeros, as in ViTPose."""
+    model: EncoderConfig | MAEConfig | PoseConfig
+    """What the weights are of: a pose model for vitpose and mmpose, an encoder for mae, timm and torchvision, and for
+    huggingface a pose model if it has a `decoder`. An encoder's patch of 14 is padded to 16 with zeros, as in ViTPose."""
     licence: str
     """Of the weights."""
 
@@ -51,7 +52,8 @@ class Config(StageConfig):
             return value
         format = info.data.get("format")
         pose = format in ("vitpose", "mmpose") or (format == "huggingface" and "decoder" in value)
-        return (PoseConfig if pose else MAEConfig).model_validate(value)
+        known = PoseConfig if pose else EncoderConfig if format == "torchvision" else MAEConfig
+        return known.model_validate(value)
 
     @model_validator(mode="after")
     def _urls_are_pinned(self) -> "Config":
@@ -70,7 +72,7 @@ class Config(StageConfig):
 
     @model_validator(mode="after")
     def _datasets_are_of_decoders(self) -> "Config":
-        if self.datasets and isinstance(self.model, MAEConfig):
+        if self.datasets and not isinstance(self.model, PoseConfig):
             raise ValueError("datasets name decoders, and an encoder has none; leave them out")
         return self
 

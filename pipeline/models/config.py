@@ -72,6 +72,13 @@ class PoseConfig(Strict):
         return heatmap_size(self.backbone.grid, self.decoder, self.backbone.upsampling)
 
 
+class EncoderConfig(Strict):
+    """A backbone alone, to start a pose model from; that of a masked autoencoder is in `MAEConfig`."""
+
+    backbone: ResNetConfig
+    """The backbone; a start may have another image_size."""
+
+
 class MAEConfig(Strict):
     """A masked autoencoder; the defaults are the paper's."""
 

@@ -15,7 +15,7 @@ from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.errors import ArtifactError
 from pipeline.files import read_json, write_json
-from pipeline.models.config import MAEConfig, PoseConfig
+from pipeline.models.config import EncoderConfig, MAEConfig, PoseConfig
 from pipeline.models.mae import MAE
 from pipeline.models.pose import PoseModel
 from pipeline.strict import Strict
@@ -50,6 +50,14 @@ class MAESpec(Strict):
     """True for imported weights that came without their decoder."""
 
 
+class EncoderSpec(Strict):
+    """`model.json` of a backbone alone: imported weights of an image classifier."""
+
+    schema_version: Literal[1] = 1
+    model: Literal["encoder"] = "encoder"
+    config: EncoderConfig
+
+
 class TokenSpec(Strict):
     """`model.json` of a knowledge token."""
 
@@ -61,8 +69,8 @@ class TokenSpec(Strict):
     width: int = Field(ge=1, le=65_536)
 
 
-Spec = PoseSpec | MAESpec | TokenSpec
-_SPECS: dict[str, type[Spec]] = {"pose": PoseSpec, "mae": MAESpec, "token": TokenSpec}
+Spec = PoseSpec | MAESpec | EncoderSpec | TokenSpec
+_SPECS: dict[str, type[Spec]] = {"pose": PoseSpec, "mae": MAESpec, "encoder": EncoderSpec, "token": TokenSpec}
 
 
 def save_model(folder: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
@@ -185,4 +193,6 @@ def summary(spec: Spec) -> dict[str, Any]:
             "input": "x".join(map(str, backbone.image_size)),
             "datasets": ", ".join(spec.datasets),
         }
+    if isinstance(spec, EncoderSpec):
+        return {"model": spec.model, "backbone": spec.config.backbone.summary}
     return {"model": spec.model}

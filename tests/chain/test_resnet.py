@@ -1,16 +1,19 @@
-"""A backbone with batch norm through the whole machinery: two ranks, killed and resumed, bit for bit."""
+"""A backbone with batch norm, from torchvision's file through the whole machinery: two ranks, killed and resumed."""
 
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
+from torchvision.models import resnet50
 
 from pipeline.artifacts import read_artifact
 from tests.chain.running import TINY, kill_when, last_step, metrics, only_run, run_stage, succeeded, vitruvian
 
+MODEL = "{backbone: {kind: resnet, layers: 50}}"
 CHANGES = (
     "stages.shards.crop.input_size=[64,64]",
-    "stages.finetune.inputs.init=null",
+    "stages.finetune.inputs.init=imagenet",
     "stages.finetune.model.backbone={kind: resnet, layers: 50, image_size: [64, 64]}",
     "stages.finetune.model.decoder.deconv_layers=3",
     "stages.finetune.optimizer.layer_decay=1",
@@ -28,9 +31,12 @@ CHANGES = (
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_killed_resnet_ends_like_one_never_killed_statistics_included(tmp_path: Path) -> None:
-    common = [*CHANGES, f"workspace={tmp_path}"]
+    torch.save(resnet50().state_dict(), tmp_path / "resnet50.pth")
+    imported = f"{{kind: import, source: {tmp_path}/resnet50.pth, format: torchvision, licence: none, model: {MODEL}}}"
+    common = [*CHANGES, f"stages.imagenet={imported}", f"workspace={tmp_path}"]
     command = ["--stage", "finetune", "--config", str(TINY), *common]
     succeeded(vitruvian("run", str(TINY), "--until", "shards", *common))
+    succeeded(vitruvian("run", str(TINY), "--only", "imagenet", *common))
     succeeded(run_stage(2, *command))
     undisturbed = only_run(tmp_path, "finetune").rename(tmp_path / "undisturbed")
     kill_when(lambda: last_step(tmp_path, "finetune") >= 4, *command)

@@ -149,7 +149,10 @@ def test_a_resnet_neither_starts_a_vit_nor_teaches_a_token(tmp_path: Path) -> No
     spec = PoseSpec(config=built, datasets={"coco": load_definition("coco")}, codec=codec)
     teacher = publish_at(tmp_path / "teacher", lambda staged: save_model(staged, spec, {}))
     vit = pose_spec()
-    with pytest.raises(ArtifactError, match="teacher: a resnet can't initialise a vit; train from scratch"):
+    with pytest.raises(
+        ArtifactError,
+        match="teacher: a resnet \\(ResNet-50\\) can't initialise a vit \\(32 x 2, patch 8\\); train from scratch",
+    ):
         initialise(PoseModel(vit.config, vit.keypoints), teacher)
     shards = publish_shards(tmp_path / "shards")
     stage: dict[str, Any] = {"kind": "token", "steps": 1, "global_batch_size": 2, "optimizer": {"lr": 0.1}}

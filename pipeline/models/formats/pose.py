@@ -9,10 +9,10 @@ from torch import Tensor
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import DatasetDefinition, load_definition
 from pipeline.errors import ArtifactError, ConfigError
-from pipeline.models.config import MAEConfig, PoseConfig
+from pipeline.models.config import EncoderConfig, MAEConfig, PoseConfig
 from pipeline.models.formats.keys import Intake
 from pipeline.models.formats.shapes import backbone_shape, decoder_shape, described
-from pipeline.models.loading import MAESpec, PoseSpec
+from pipeline.models.loading import EncoderSpec, MAESpec, PoseSpec
 from pipeline.models.pose import PoseModel
 from pipeline.models.vit_config import ViTConfig
 
@@ -32,7 +32,7 @@ class Wanted:
     """Height and width of the input."""
     heads: int | None = None
     """Attention heads."""
-    model: MAEConfig | PoseConfig | None = None
+    model: EncoderConfig | MAEConfig | PoseConfig | None = None
     """The model that it has to be; unset: told by the shapes."""
 
 
@@ -40,7 +40,7 @@ class Wanted:
 class Imported:
     """A file's weights under our names, and what happened to the others."""
 
-    spec: MAESpec | PoseSpec
+    spec: EncoderSpec | MAESpec | PoseSpec
     tensors: dict[str, Tensor]
     dropped: dict[str, str] = field(default_factory=dict)
     """The file's names of what was left out on purpose, with the reason."""

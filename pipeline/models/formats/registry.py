@@ -8,7 +8,7 @@ from pipeline.data.images import read_bytes
 from pipeline.data.readers.files import is_file, join
 from pipeline.errors import ArtifactError, DataError
 from pipeline.files import sha256
-from pipeline.models.formats import huggingface, mae, mmpose, onnx, timm, vitpose
+from pipeline.models.formats import huggingface, mae, mmpose, onnx, timm, torchvision, vitpose
 from pipeline.models.formats.files import CONFIG, WEIGHTS
 from pipeline.models.formats.outgoing import Outgoing
 from pipeline.models.formats.pose import Imported, Wanted
@@ -22,6 +22,7 @@ READERS: Mapping[str, Callable[[Path, Wanted], Imported]] = {
     "mmpose": mmpose.read,
     "huggingface": huggingface.read,
     "timm": timm.read,
+    "torchvision": torchvision.read,
 }
 """What reads a file, or Hugging Face's folder, by the name of its format."""
 
