@@ -15,6 +15,7 @@ from pipeline.memory import estimate
 from pipeline.models.backbones import count_parameters
 from pipeline.models.config import MAEConfig, PoseConfig
 from pipeline.models.cost import mae_cost, pose_cost
+from pipeline.models.loading import PoseSpec, read_spec
 from pipeline.models.mae import describe as describe_mae
 from pipeline.models.parameter_groups import freeze
 from pipeline.models.pose import PoseModel
@@ -68,6 +69,8 @@ class _Model:
     backbone: int = 0
     total: int = 0
     frozen: int = 0
+    teacher: int = 0
+    """Parameters of the model that teaches this one."""
     macs: tuple[int, int] = (0, 0)
     """Of backbone or encoder, and of one decoder."""
 
@@ -83,7 +86,8 @@ class _Model:
         sizes = describe_pose(config, keypoints)
         frozen = _frozen(config, keypoints, getattr(plan.config, "freeze", None))
         macs = pose_cost(config, max(keypoints.values()))
-        return cls(pipeline, plan, config, sizes["backbone"], sizes["total"], frozen, macs)
+        teacher = _teacher(plan, pipeline, keypoints)
+        return cls(pipeline, plan, config, sizes["backbone"], sizes["total"], frozen, teacher, macs)
 
     def memory(self, zero_stage: int, processes: int) -> str:
         """Per process; "-" where the batch does not divide over so many."""
@@ -93,7 +97,7 @@ class _Model:
             micro, _ = self._split(processes)
         except ConfigError:
             return "-"
-        found = estimate(self.config, self.total, micro, processes, engine, frozen=self.frozen)
+        found = estimate(self.config, self.total, micro, processes, engine, frozen=self.frozen, teacher=self.teacher)
         return f"{found / 2**30:.2f} GiB"
 
     def row(self, processes: int) -> list[Any]:
@@ -129,6 +133,18 @@ def _frozen(config: PoseConfig, keypoints: dict[str, int], part: Literal["attent
     if part is not None:
         freeze(model, part)
     return sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
+
+
+def _teacher(plan: graph.StagePlan, pipeline: PipelineConfig, keypoints: dict[str, int]) -> int:
+    """Parameters of a teacher that runs beside the student, from its artifact or the stage that will make it; else 0."""
+    source = plan.inputs.get("teacher")
+    if source is None or not plan.config.distillation.teaches:
+        return 0
+    if source.artifact is not None:
+        spec = read_spec(source.artifact)
+        return describe_pose(spec.config, spec.keypoints)["total"] if isinstance(spec, PoseSpec) else 0
+    config = getattr(pipeline.stages.get(plan.config.references()["teacher"]), "model", None)
+    return describe_pose(config, keypoints)["total"] if isinstance(config, PoseConfig) else 0
 
 
 def _keypoints(plan: graph.StagePlan, pipeline: PipelineConfig) -> dict[str, int]:

@@ -18,11 +18,13 @@ def estimate(
     engine: EngineConfig,
     *,
     frozen: int = 0,
+    teacher: int = 0,
     materialised: bool = False,
 ) -> float:
     """Bytes per process: float32 weights, gradients and moments (ZeRO, table 1), and activations.
 
-    frozen: how many of the parameters have weights alone. Attention is fused; with `materialised` each block keeps its
+    frozen: how many of the parameters have weights alone; teacher: parameters of a frozen model beside this one, which no
+    ZeRO stage shares out. Attention is fused; with `materialised` each block keeps its
     attention map, as the framework of ViTPose's paper did.
     """
     element = 2 if engine.precision == "bf16" else 4
@@ -42,7 +44,8 @@ def estimate(
         height, width = model.heatmap_size
         filters = model.decoder.filters if model.decoder.kind == "classic" else backbone.width
         activations = _backbone(backbone, element, materialised) + 3 * element * filters * height * width * 1.25
-    return _OVERHEAD * (states(parameters, processes, engine.zero_stage, frozen) + micro_batch * activations)
+    kept = states(parameters, processes, engine.zero_stage, frozen) + 4 * teacher
+    return _OVERHEAD * (kept + micro_batch * activations)
 
 
 def states(parameters: int, processes: int, zero_stage: int, frozen: int = 0) -> float:

@@ -56,6 +56,15 @@ def test_frozen_parameters_cost_their_weights_alone() -> None:
         assert half == pytest.approx(whole / 2 + 500 * weights)
 
 
+def test_a_teacher_costs_its_weights_in_every_process() -> None:
+    model = PoseConfig.model_validate({"backbone": {"size": "S"}})
+    for stage in (0, 3):
+        alone, taught = (
+            estimate(model, 10, 1, 8, EngineConfig(zero_stage=stage), teacher=teacher) for teacher in (0, 1000)
+        )
+        assert taught - alone == pytest.approx(1.12 * 4 * 1000)
+
+
 TABLE_5: list[
     tuple[dict[str, Any], str]
 ] = [  # ViTPose, table 5, from the cheapest to the dearest by its column of memory; the last in 16 bits

@@ -2,15 +2,16 @@
 
 import re
 
+import pytest
 from typer.testing import CliRunner
 
 from launchers.cli import app
 from launchers.dry_run import GPUS
 
 
-def tables(*overrides: str) -> dict[str, dict[str, list[str]]]:
+def tables(*overrides: str, preset: str = "vitpose_b") -> dict[str, dict[str, list[str]]]:
     """The cells of each row, by table and stage."""
-    result = CliRunner().invoke(app, ["run", "vitpose_b", "--dry-run", *overrides])
+    result = CliRunner().invoke(app, ["run", preset, "--dry-run", *overrides])
     assert result.exit_code == 0, result.output
     found: dict[str, dict[str, list[str]]] = {}
     title = ""
@@ -55,3 +56,11 @@ def test_frozen_parts_need_less() -> None:
         for part in ("null", "attention", "ffn")
     }
     assert costs["null"] > costs["attention"] > costs["ffn"]
+
+
+def test_a_larger_teacher_needs_more_of_every_process() -> None:
+    def memory(size: str) -> float:
+        found = tables(f"stages.finetune.model.backbone.size={size}", preset="vitpose_l_to_b")
+        return gibibytes(next(rows for title, rows in found.items() if title.startswith("memory"))["distill"])[2]
+
+    assert memory("H") - memory("L") == pytest.approx(1.12 * 4 * (637.2e6 - 308.5e6) / 2**30, abs=0.02)
