@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from s3fs import S3FileSystem
+
 BUCKET = "crops"
 
 
@@ -28,6 +30,7 @@ class S3Server:
     def start(self) -> None:
         """Until it answers and has the bucket. `environment` must be set."""
         assert os.environ["AWS_ENDPOINT_URL"] == self.environment["AWS_ENDPOINT_URL"]
+        S3FileSystem.clear_instance_cache()  # this process may know another server, which is gone
         command = [str(Path(sys.executable).with_name("moto_server")), "-H", "127.0.0.1", "-p", str(self.port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
@@ -48,6 +51,4 @@ class S3Server:
     @property
     def filesystem(self):  # noqa: ANN201 - s3fs has no types
         """To look at what lies there."""
-        import s3fs
-
-        return s3fs.S3FileSystem(endpoint_url=self.environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
+        return S3FileSystem(endpoint_url=self.environment["AWS_ENDPOINT_URL"], use_listings_cache=False)
