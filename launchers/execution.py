@@ -127,10 +127,13 @@ def _ended_badly(stage: StagePlan, records: _Records, error: BaseException) -> i
         error = Stopped("interrupted; the same command goes on from the last resume point")
     stopped = isinstance(error, Stopped)
     code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
-    records.status.ended("stopped" if stopped else "failed", code, str(error))
-    records.tracker.finish("KILLED" if stopped else "FAILED")
-    if records.storage is not None:
-        records.storage.stop()
+    try:
+        records.status.ended("stopped" if stopped else "failed", code, str(error))
+        records.tracker.finish("KILLED" if stopped else "FAILED")
+        if records.storage is not None:
+            records.storage.stop()
+    except OSError as problem:  # a disk that is full or gone, which may be why the stage ends
+        logger.error("%s: can't record in %s how it ended: %s", stage.name, stage.run_dir, problem)
     if stopped and not interrupted:
         leave_process_group()  # together: a launcher takes the first to leave for a failure, and kills the others
     if isinstance(error, VitruvianError):

@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_FAILURE
+    except Exception:  # told here, as an interpreter that ends by itself would wait for data workers for ever
+        logger.exception("%s failed", options.stage)
+        return EXIT_FAILURE
 
 
 def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], *, fresh: bool = False) -> int:

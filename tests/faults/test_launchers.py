@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,6 +64,23 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+@pytest.mark.fault(11)
+@pytest.mark.slow
+def test_a_stage_whose_run_directory_is_gone_ends(stage: Stage) -> None:
+    """It can record nothing any more, and its data workers wait for work."""
+    given = arguments(stage, "runtime.workers=1", "stages.finetune.save_every=5", ENDLESS)
+    with launched([sys.executable, "launchers/run_stage.py", *given]) as process:
+        wait_for(lambda: last_step(stage.workspace, stage.name) >= 3, 120, "the third step")
+        run_dir = stage.run_dir
+        [rank] = pids(run_dir)
+        shutil.rmtree(run_dir)
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert f"can't record in {run_dir} how it ended" in said and "finetune failed" in said
+        wait_for(lambda: is_gone(rank), 10, "the end of the rank")
 
 
 @pytest.mark.fault(2)
