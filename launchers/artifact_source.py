@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.artifacts import without_passwords
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.tracking.download import download
 
@@ -20,5 +21,7 @@ def local_artifact(artifact: str, tracking_uri: str | None, folder: Path) -> Pat
     try:
         download(uri, folder, run_id=artifact.removeprefix("mlflow:"))
     except Exception as error:  # whatever MLflow raises
-        raise ArtifactError(f"{artifact}: not to be had from {uri}: {str(error).splitlines()[0][:160]}") from None
+        raise ArtifactError(
+            f"{artifact}: not to be had from {without_passwords(uri)}: {str(error).splitlines()[0][:160]}"
+        ) from None
     return folder / "artifact"

@@ -9,6 +9,7 @@ import time
 
 from launchers.storage import fetch_stored
 from pipeline import graph
+from pipeline.artifacts import without_passwords
 from pipeline.config import PipelineConfig
 from pipeline.errors import EXIT_FAILURE, ArtifactError, VitruvianError
 from pipeline.graph import StagePlan
@@ -17,7 +18,8 @@ from pipeline.tracking.tracker import tracking_uri
 
 logger = logging.getLogger("vitruvian")
 
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun and the deepspeed launcher tell a rank."""
 
 
 def rank() -> int:
@@ -56,7 +58,7 @@ def ready(pipeline: PipelineConfig, name: str, config: str, overrides: list[str]
 
 def _run_alone(name: str, config: str, overrides: list[str]) -> None:
     """One stage in a process of its own, outside the launcher's world."""
-    hidden = ("SLURM_STEP_ID", *_LAUNCHER_VARIABLES)
+    hidden = ("SLURM_STEP_ID", *LAUNCHER_VARIABLES)
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     command = [sys.executable, "-m", "launchers.run_stage", "--stage", name, "--config", config, *overrides]
     code = subprocess.run(command, env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}).returncode
@@ -77,10 +79,10 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
         raise
     except Exception as error:  # MLflow may raise anything; the user learns why it did not help
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("MLflow at %s has no help: %s", uri, reason[:160])
+        logger.warning("MLflow at %s has no help: %s", without_passwords(uri), reason[:160])
         return False
     if found:
-        logger.info("%s: fetched from MLflow at %s", stage.name, uri)
+        logger.info("%s: fetched from MLflow at %s", stage.name, without_passwords(uri))
     return found
 
 
@@ -101,6 +103,8 @@ def _fetch_named(pipeline: PipelineConfig, plans: dict[str, StagePlan]) -> bool:
         try:
             download(uri, graph.fetched(pipeline, run_id), run_id=run_id)
         except Exception as error:  # MLflow may raise anything
-            raise ArtifactError(f"mlflow:{run_id}: not to be had from {uri}: {str(error)[:160]}") from None
-        logger.info("mlflow:%s: fetched from %s", run_id, uri)
+            raise ArtifactError(
+                f"mlflow:{run_id}: not to be had from {without_passwords(uri)}: {str(error)[:160]}"
+            ) from None
+        logger.info("mlflow:%s: fetched from %s", run_id, without_passwords(uri))
     return bool(runs)

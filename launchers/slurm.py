@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from launchers.inputs import LAUNCHER_VARIABLES
 from launchers.slurm_script import folder_of, render
 from pipeline import graph
 from pipeline.config import PipelineConfig
@@ -24,7 +25,6 @@ from pipeline.status import held
 logger = logging.getLogger("vitruvian")
 
 _ENDED = re.compile("COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|BOOT_FAIL|DEADLINE|REVOKED")
-_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 Jobs = dict[str, dict[str, Any]]
 """By stage: `scripts`, the digest of its sbatch files, and `jobs`, in order of submission: `id` and `name` of each, and
@@ -184,7 +184,7 @@ def _call(*command: str) -> str:
     environment = {
         key: value
         for key, value in os.environ.items()
-        if key not in _LAUNCHERS and (key == "SLURM_CONF" or not key.startswith(foreign))
+        if key not in LAUNCHER_VARIABLES and (key == "SLURM_CONF" or not key.startswith(foreign))
     }
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

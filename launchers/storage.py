@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 
+from pipeline.artifacts import without_passwords
 from pipeline.config import PipelineConfig
 from pipeline.errors import ArtifactError, StorageError
 from pipeline.graph import StagePlan, step_of
@@ -55,12 +56,16 @@ def fetch_artifact(pipeline: PipelineConfig, stage: StagePlan, storage: RunStora
         try:
             other = published_digest(uri, stage.fingerprint)
         except Exception as error:  # MLflow may raise anything
-            logger.warning("MLflow at %s was not asked whether it has the same artifact: %s", uri, str(error)[:160])
+            logger.warning(
+                "MLflow at %s was not asked whether it has the same artifact: %s",
+                without_passwords(uri),
+                str(error)[:160],
+            )
             other = None
         if other not in (None, digest):
             raise ArtifactError(
                 f"{stage.name}: two artifacts of one fingerprint: digest {digest[:12]} at {storage.url}, {other[:12]} "
-                f"in MLflow at {uri}; remove one, or make a third with --fresh"
+                f"in MLflow at {without_passwords(uri)}; remove one, or make a third with --fresh"
             )
     return storage.fetch_artifact()
 

@@ -21,7 +21,11 @@ class EngineConfig(Strict):
 
 
 class RuntimeConfig(Strict):
-    """What machine the stage runs on. Nothing here changes the result."""
+    """What machine the stage runs on. Nothing here is in a fingerprint.
+
+    Nothing changes the result beyond the order of sums, except that the classic decoder's batch norm normalises over the
+    samples of one micro-batch: see docs/numerics.md, "Not exact".
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
@@ -87,7 +91,7 @@ class StageConfig(Strict):
     kind: str
     """The stage kind: a file of `stages/`."""
     description: str = Field("", exclude=False)
-    """For people; shown in `vitruvian status`."""
+    """For people; on the artifact's card."""
 
     def files(self) -> list[str]:
         """Local files outside any artifact that change the result: their content is in the fingerprint."""

@@ -187,7 +187,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         # A copy: sections that share one YAML anchor are one object, and only this one is meant.
         section[part] = dict(inner)
         section = section[part]
-    section.pop(_EXCLUSIVE.get(last), None)
+    if value is not None:
+        section.pop(_EXCLUSIVE.get(last), None)
     section[last] = value
 
 

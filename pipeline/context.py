@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Artifact, Parent, publish, read_artifact
+from pipeline.artifacts import Artifact, Parent, publish
 from pipeline.config import PipelineConfig
 from pipeline.data.cache import SampleCache
 from pipeline.errors import ArtifactError, Stopped
@@ -159,8 +159,3 @@ def _parent(source: Input) -> Parent:
     return Parent(
         stage=manifest.stage, digest=source.digest, fingerprint=manifest.fingerprint, mlflow_run=manifest.mlflow_run
     )
-
-
-def published(run_dir: Path) -> Artifact:
-    """The artifact of a finished run."""
-    return read_artifact(run_dir / "artifact")

@@ -77,6 +77,16 @@ def cores_of_rank(world_size: int) -> int:
     return own if bound else max(1, own // local_world_size(world_size))
 
 
+def loader_workers(asked: int | None, world: World, *, on_cpu: int) -> int:
+    """Data loading processes of this rank: what was asked for; else beside a GPU the cores shared out, at most 8.
+
+    on_cpu: how many where the model needs the cores itself. One process prepares thousands of training samples a second.
+    """
+    if asked is not None:
+        return asked
+    return min(8, cores_of_rank(world.size)) if world.device.type == "cuda" else on_cpu
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The compute precision of a run, for forwards outside the engine: a teacher, an evaluation."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -185,8 +185,10 @@ def require_raw_data(stage: StagePlan) -> None:
 
 
 def _awaited(source: Input) -> str:
+    if mlflow_run(source.reference):
+        return f"{source.reference} (fetched when the stage starts)"
     if source.lacks:
-        return f"raw data at {source.reference.removeprefix('./').rstrip('/')}/ (see README)"
+        return f"raw data at {source.reference.removeprefix('./').rstrip('/')}/ (see docs/datasets.md)"
     return source.reference
 
 

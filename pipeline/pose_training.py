@@ -14,11 +14,12 @@ from pipeline.data.annotations import read
 from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection, open_shards
 from pipeline.data.loader import PoseView
-from pipeline.distributed import autocast
+from pipeline.distributed import autocast, loader_workers
 from pipeline.errors import ArtifactError, ConfigError
 from pipeline.evaluation.inference import predict, requests_from_ground_truth
 from pipeline.evaluation.score import headline, score
 from pipeline.models.experts import grow_experts
+from pipeline.models.fit import why_no_start
 from pipeline.models.loading import (
     EncoderSpec,
     MAESpec,
@@ -34,7 +35,6 @@ from pipeline.models.loading import (
 from pipeline.models.mae import backbone_state
 from pipeline.models.parameter_groups import layer_decay_groups
 from pipeline.models.pose import PoseModel
-from pipeline.models.resnet_config import ResNetConfig
 from pipeline.models.vit import interpolate_positions
 from pipeline.recipe import PoseTrainingConfig
 from pipeline.training import Evaluation, TrainingResult, train
@@ -132,6 +132,8 @@ class PoseSetup:
         names = {request.image_id for request in requests[: wanted.people]}
         requests = [request for request in requests if request.image_id in names]
 
+        workers = loader_workers(self.context.pipeline.runtime.workers, self.context.world, on_cpu=0)
+
         def evaluate(objective: nn.Module) -> dict[str, float]:
             with autocast(self.context.pipeline.engine.precision, self.context.world.device):
                 predictions = predict(
@@ -140,6 +142,7 @@ class PoseSetup:
                     requests,
                     self.codec,
                     flip=False,
+                    workers=workers,
                     world=self.context.world,
                     max_bad_fraction=self.config.max_bad_fraction,
                     tick=self.context.tick,
@@ -157,7 +160,7 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     ConfigError where the source has experts and the model none, or lacks one of its experts.
     """
     spec = read_spec(artifact)
-    _require_kind(model, spec, artifact)
+    _require_architecture(model, spec, artifact)
     if isinstance(spec, MAESpec):
         state, dropped = backbone_state(read_tensors(artifact))
         grid = spec.config.backbone.grid
@@ -190,16 +193,12 @@ def initialise(model: PoseModel, artifact: Artifact) -> None:
     logger.info("backbone from %s; fresh: %s; left out: %s", artifact.path, fresh or "nothing", left or "nothing")
 
 
-def _require_kind(model: PoseModel, spec: Spec, artifact: Artifact) -> None:
-    """Raises ArtifactError for another kind of backbone, whose tensors can't fit, and for a ResNet of another depth."""
+def _require_architecture(model: PoseModel, spec: Spec, artifact: Artifact) -> None:
+    """Raises ArtifactError for a backbone of another architecture, whether or not its tensors would fit."""
     if isinstance(spec, TokenSpec):
         return
-    own, found = model.config.backbone, spec.config.backbone
-    if own.kind != found.kind or (isinstance(own, ResNetConfig) and own.summary != found.summary):
-        raise ArtifactError(
-            f"{artifact.path}: a {found.kind} ({found.summary}) can't initialise a {own.kind} ({own.summary}); train from "
-            "scratch or take another"
-        )
+    if reason := why_no_start(model.config.backbone, spec.config.backbone):
+        raise ArtifactError(f"{artifact.path}: {reason}")
 
 
 def _take_decoders(model: PoseModel, source: PoseModel, spec: PoseSpec) -> list[str]:

@@ -12,6 +12,7 @@ from pipeline.data.augmentation import PoseAugmentation
 from pipeline.data.definitions import DatasetSource, load_definition
 from pipeline.errors import ConfigError
 from pipeline.models.config import PoseConfig
+from pipeline.models.fit import why_no_start
 from pipeline.strict import NotInFingerprint, Strict
 
 
@@ -206,7 +207,10 @@ class PoseTrainingConfig(TrainingConfig):
         return self
 
     def check(self, pipeline: PipelineConfig) -> None:
-        """Weights are of datasets that the shards will hold, as far as a stage of this pipeline makes them."""
+        """The start fits, and weights are of datasets in the shards, as far as stages of this pipeline make either."""
+        start = getattr(pipeline.stages.get(self.references().get("init", "")), "model", None)
+        if start is not None and (reason := why_no_start(self.model.backbone, start.backbone)):
+            raise ConfigError(f"inputs.init: {self.references()['init']} is {reason}")
         made = getattr(pipeline.stages.get(self.references()["shards"]), "datasets", None)
         if self.weights is None or made is None:
             return

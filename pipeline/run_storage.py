@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 
 from pipeline.artifacts import MANIFEST as ARTIFACT_MANIFEST
-from pipeline.artifacts import FileRecord, payload_digest, read_artifact
+from pipeline.artifacts import FileRecord, payload_digest, read_artifact, without_passwords
 from pipeline.config import PipelineConfig
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.files import publish_folder, read_json, write_json
@@ -87,7 +87,9 @@ class RunStorage:
         publish_folder(fetched, self._run_dir / "artifact")
         self._record_upload()
         # MLflow has heard of it where it was made: nothing is left to send from here.
-        state = {"run_id": manifest.mlflow_run, "uri": tracking_uri(self._pipeline), "sent": {}, "complete": True}
+        uri = tracking_uri(self._pipeline)
+        uri = without_passwords(uri) if uri is not None else None
+        state = {"run_id": manifest.mlflow_run, "uri": uri, "sent": {}, "complete": True}
         write_json(self._run_dir / "mlflow.json", state)
         logger.info("%s: its artifact was fetched from %s", self._stage.name, self.url)
         return True

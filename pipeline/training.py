@@ -15,7 +15,7 @@ from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection
 from pipeline.data.loader import TrainSet, make_loader
 from pipeline.data.order import Order
-from pipeline.distributed import World, cores_of_rank
+from pipeline.distributed import loader_workers
 from pipeline.engine import Batch, Engine, to_device
 from pipeline.errors import ConfigError, VitruvianError
 from pipeline.hooks import (
@@ -141,7 +141,7 @@ def _stream(engine: Engine, data: TrainSet, total: int, workers: int | None) -> 
             rank=world.rank,
             world_size=world.size,
             accumulation=engine.accumulation,
-            workers=loader_workers(workers, world),
+            workers=loader_workers(workers, world, on_cpu=1),
         )
         try:
             yield from loader
@@ -156,17 +156,6 @@ def _stream(engine: Engine, data: TrainSet, total: int, workers: int | None) -> 
             ) from None
 
     return batches
-
-
-def loader_workers(asked: int | None, world: World) -> int:
-    """Data loading processes of this rank: what was asked for; else the cores shared out, at most 8 beside a GPU.
-
-    A CPU that trains needs its cores for that: one process prepares thousands of samples a second.
-    """
-    if asked is not None:
-        return asked
-    most = 8 if world.device.type == "cuda" else 1
-    return min(most, cores_of_rank(world.size))
 
 
 @torch.no_grad()

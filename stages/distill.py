@@ -14,6 +14,8 @@ from pipeline.config import PipelineConfig
 from pipeline.context import Context
 from pipeline.data.definitions import load_definition
 from pipeline.errors import ConfigError
+from pipeline.models.config import PoseConfig
+from pipeline.models.fit import why_other_heatmaps
 from pipeline.recipe import PoseTrainingConfig
 from pipeline.strict import AddedLater, Strict
 
@@ -122,8 +124,12 @@ class Config(PoseTrainingConfig):
         return self
 
     def check(self, pipeline: PipelineConfig) -> None:
-        """Adds that somebody teaches people without keypoints, as far as a stage of this pipeline makes the shards."""
+        """Adds the teacher's heatmaps, and people without keypoints, whom somebody must teach; as far as stages of this
+        pipeline make teacher and shards."""
         super().check(pipeline)
+        teacher = getattr(pipeline.stages.get(self.inputs.teacher or ""), "model", None)
+        if isinstance(teacher, PoseConfig) and (reason := why_other_heatmaps(self.model, teacher)):
+            raise ConfigError(f"inputs.teacher: {self.inputs.teacher} has {reason}; the student's must be the same")
         made = getattr(pipeline.stages.get(self.inputs.shards), "datasets", None) or ()
         definitions = [load_definition(source.name) for source in made]
         without = [definition.name for definition in definitions if not definition.num_keypoints]

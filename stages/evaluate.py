@@ -10,10 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import StageConfig
+from pipeline.config import PipelineConfig, StageConfig
 from pipeline.context import Context
-from pipeline.data.definitions import DatasetSource
+from pipeline.data.definitions import DatasetSource, load_definition
+from pipeline.errors import ConfigError
 from pipeline.files import write_json
+from pipeline.models.config import PoseConfig
+from pipeline.models.fit import why_other_heatmaps
 from pipeline.strict import AddedLater, NotInFingerprint, Strict
 
 Boxes = Literal["ground_truth", "detector"]
@@ -75,6 +78,16 @@ class Config(StageConfig):
             _require_known("compare", pair, known)
         return self
 
+    def check(self, pipeline: PipelineConfig) -> None:
+        """Models that are combined have heatmaps of one size, as far as stages of this pipeline make them."""
+        made = {name: getattr(pipeline.stages.get(stage), "model", None) for name, stage in self.inputs.models.items()}
+        for label, combinations in (("averages", self.averages), ("ensembles", self.ensembles)):
+            for name, members in combinations.items():
+                known = [(one, made[one]) for one in members if isinstance(made.get(one), PoseConfig)]
+                for other, model in known[1:]:
+                    if reason := why_other_heatmaps(known[0][1], model):
+                        raise ConfigError(f"{label}.{name}: {other} and {known[0][0]} don't go together: {reason}")
+
     def sources(self) -> list[DatasetSource]:
         """Raw data that is read."""
         return self.datasets
@@ -88,6 +101,7 @@ def _require_known(where: str, names: Sequence[str], known: list[str]) -> None:
 
 def run(context: Context, config: Config) -> None:
     """Evaluates every model on every split and publishes."""
+    from pipeline.distributed import loader_workers
     from pipeline.evaluation.model_set import ModelSet
     from pipeline.evaluation.report import EvaluationReport
 
@@ -99,12 +113,13 @@ def run(context: Context, config: Config) -> None:
         batch_size=config.batch_size,
         bootstrap=config.bootstrap,
         seed=context.seed,
+        workers=loader_workers(context.pipeline.runtime.workers, context.world, on_cpu=0),
         max_bad_fraction=config.max_bad_fraction,
     )
-    names = [source.name for source in config.datasets]
-    for source in config.datasets:
-        label = source.name if names.count(source.name) == 1 else f"{source.name}-{source.split}"
-        report.evaluate(Path(label).stem, source, config.boxes, config.compare)
+    names = [load_definition(source.name).name for source in config.datasets]
+    for name, source in zip(names, config.datasets, strict=True):
+        label = name if names.count(name) == 1 else f"{name}-{source.split}"
+        report.evaluate(label, source, config.boxes, config.compare)
 
     def fill(staged: Path) -> None:
         write_json(staged / "table.json", report.table())

@@ -9,8 +9,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config import PipelineConfig
 from pipeline.context import Context
+from pipeline.errors import ArtifactError, ConfigError
 from pipeline.models.config import MAEConfig
+from pipeline.models.fit import why_not_continued
 from pipeline.recipe import TrainingConfig
 from pipeline.strict import NotInFingerprint, Strict
 
@@ -45,6 +48,12 @@ class Config(TrainingConfig):
             raise ValueError(f"crop_scale {self.crop_scale} is not a range of shares between 0 and 1")
         return self
 
+    def check(self, pipeline: PipelineConfig) -> None:
+        """The autoencoder to go on from is of the same architecture, as far as a stage of this pipeline makes it."""
+        start = getattr(pipeline.stages.get(self.inputs.init or ""), "model", None)
+        if isinstance(start, MAEConfig) and (reason := why_not_continued(self.model, start)):
+            raise ConfigError(f"inputs.init: {self.inputs.init} is {reason}")
+
 
 def run(context: Context, config: Config) -> None:
     """Collective. Trains to the end and publishes."""
@@ -64,7 +73,10 @@ def run(context: Context, config: Config) -> None:
     model = MAE(config.model)
     model.init_weights()
     if context.has("init"):
-        load_strictly(model, load_mae(context.artifact("init"))[0].state_dict(), "inputs.init")
+        start, spec = load_mae(context.artifact("init"))
+        if reason := why_not_continued(config.model, spec.config):
+            raise ArtifactError(f"inputs.init: {reason}")
+        load_strictly(model, start.state_dict(), "inputs.init")
     view = MaeView(image_size, config.model.backbone.patches, config.crop_scale, config.flip)
     groups = plain_groups(model, config.optimizer.weight_decay)
     result = train(context, config, MAEObjective(model), groups, collection, view)

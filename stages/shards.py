@@ -5,7 +5,6 @@ all datasets, so that neighbours are strangers. Evaluation images that also occu
 and left out.
 """
 
-import os
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -59,6 +58,7 @@ class Config(StageConfig):
 def run(context: Context, config: Config) -> None:
     """Makes the missing shards, or those of one part, on all cores that this process may use; publishes the whole."""
     from pipeline.data.sharding import make_shards, write_description
+    from pipeline.distributed import cores
 
     work = context.run_dir / "work"
     report = make_shards(
@@ -73,7 +73,7 @@ def run(context: Context, config: Config) -> None:
         measured_people=config.measured_people,
         augmentation=config.measured_augmentation,
         output=f"{config.output.rstrip('/')}/{context.run_dir.name}" if config.output else None,
-        workers=context.pipeline.runtime.workers or len(os.sched_getaffinity(0)),
+        workers=context.pipeline.runtime.workers or cores(),
         part=context.part,
     )
     if context.part is not None:

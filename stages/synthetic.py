@@ -4,7 +4,6 @@ Reads nothing. Writes `raw/coco`, `raw/aic` and `raw/mpii` as they lie on people
 boxes, MPII's ground-truth file.
 """
 
-import os
 import shutil
 from typing import ClassVar, Literal
 
@@ -35,10 +34,12 @@ class Config(StageConfig):
 
 def run(context: Context, config: Config) -> None:
     """Draws all images, on all cores that this process may use."""
+    from pipeline.distributed import cores
+
     work = context.run_dir / "work"
     shutil.rmtree(work, ignore_errors=True)
     with progress("drawing people") as report:
-        counts = generate(work, config.people, seed=context.seed, workers=len(os.sched_getaffinity(0)), progress=report)
+        counts = generate(work, config.people, seed=context.seed, workers=cores(), progress=report)
     metrics = {name: float(value) for name, value in counts.items()}
     context.publish(
         lambda staged: work.rename(staged / "raw"),

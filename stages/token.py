@@ -37,7 +37,7 @@ class Config(TrainingConfig):
     tokens: int = Field(1, ge=1)
     """Number of tokens; the paper's memory figures suggest one."""
     augmentation: PoseAugmentation = PoseAugmentation()
-    """Of windows; the teacher's own unless changed."""
+    """Of windows; the released settings unless changed, whatever the teacher had."""
     measured_batches: int = Field(16, ge=1)
     """Batches, without augmentation, on which the loss before and after is measured."""
 

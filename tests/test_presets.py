@@ -106,7 +106,7 @@ def test_a_dry_run_works_where_there_is_no_data(name: str, elsewhere: Path) -> N
     for stage in load(name).stages:
         assert stage in output
     if name != "demo":
-        assert "for raw data at data/ (see README)" in output
+        assert "for raw data at data/ (see docs/datasets.md)" in output
     assert not list(elsewhere.iterdir()), "a dry run writes nothing"
 
 
@@ -130,7 +130,7 @@ def test_running_without_data_names_the_folder_and_what_belongs_there(
 
 def test_an_incomplete_data_folder_waits_and_names_the_dataset_when_it_runs(elsewhere: Path) -> None:
     (elsewhere / "data" / "coco").mkdir(parents=True)
-    assert "for raw data at data/ (see README)" in dry_run("coco_mpii")
+    assert "for raw data at data/ (see docs/datasets.md)" in dry_run("coco_mpii")
     plan = graph.plan(load("coco_mpii"), ["shards"])["shards"]
     assert plan.state == "waiting"
     with pytest.raises(DataError, match=r"stages\.shards\.inputs\.data: dataset coco, split train: annotations"):

@@ -38,11 +38,6 @@ class PoseAugmentation(Strict):
     rotation_probability: float = Field(0.6, ge=0, le=1)
     """How often a window is turned."""
 
-    @classmethod
-    def none(cls) -> "PoseAugmentation":
-        """No augmentation."""
-        return cls(enabled=False)
-
 
 class PoseSample(NamedTuple):
     """What the network and the codec get for one person."""

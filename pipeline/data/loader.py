@@ -187,17 +187,12 @@ def make_loader(
         found = f"{micro_batch} samples x {world_size} ranks x {accumulation} micro-steps"
         raise ConfigError(f"global_batch_size {global_batch} is not {found}")
     division = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
-    options: dict[str, Any] = {}
-    if workers:
-        options = {"multiprocessing_context": _context(), "worker_init_fn": _start_worker, "prefetch_factor": 4}
-    return _Loader(
+    return Loader(
         dataset,
+        workers,
         batch_sampler=_MicroSteps(start_step, steps, accumulation, division),
-        num_workers=workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_initialized(),
         generator=torch.Generator(),  # else starting to load would draw from the global generator
-        **options,
     )
 
 
@@ -227,13 +222,18 @@ class _MicroSteps(Sampler[list[int]]):
         return len(self.steps) * self.accumulation
 
 
-class _Loader(DataLoader[Item]):
-    """Starts its workers with the stop signals blocked.
+class Loader(DataLoader[Any]):
+    """Loads by processes of its own, which it starts with the stop signals blocked; without `workers` here.
 
     A scheduler signals every process of a job; the workers must outlive it, or the step that is being finished and the
     resume point that is being saved lose their data. Blocking, unlike ignoring, loses no signal of this process, and
     covers the workers' start-up.
     """
+
+    def __init__(self, dataset: Dataset[Any], workers: int, **options: Any) -> None:
+        if workers:
+            options |= {"multiprocessing_context": _context(), "worker_init_fn": _start_worker, "prefetch_factor": 4}
+        super().__init__(dataset, num_workers=workers, pin_memory=torch.cuda.is_initialized(), **options)
 
     def __iter__(self) -> Any:
         with _blocked(_STOP_SIGNALS) if self.num_workers else contextlib.nullcontext():

@@ -12,13 +12,14 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pipeline.data.annotations import Annotations, read_detections
 from pipeline.data.codec import CodecConfig, decode, flip_heatmaps
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.geometry import Window, box_to_window, input_to_image, instance_window, udp_matrix, warp
 from pipeline.data.images import decode_image, read_bytes
+from pipeline.data.loader import Loader
 from pipeline.distributed import World, gather_objects
 from pipeline.errors import DataError
 from pipeline.evaluation.predictions import Prediction
@@ -80,7 +81,8 @@ def predict(
 
     model: a pose model or an ensemble. decoder: the dataset whose decoder is used; the definition's own unless given
     (OCHuman: COCO's). Who is in an image that can't be read is left out, with a warning, and so counts as not found;
-    raises DataError where these are more than `max_bad_fraction` of the requests. tick is called once a batch and may
+    raises DataError where these are more than `max_bad_fraction` of the requests. workers: processes that read and crop
+    images; 0: this one does. tick is called once a batch and may
     raise, on all ranks.
     """
     world = world or World(0, 0, 1, next(model.parameters()).device)
@@ -89,9 +91,7 @@ def predict(
     mine = list(requests[world.rank * share : (world.rank + 1) * share])
     padding = share - len(mine)
     padded = mine + [requests[0]] * padding if requests else []
-    loader = DataLoader(
-        _Crops(padded, codec.input_size), batch_size=batch_size, num_workers=workers, collate_fn=_collate
-    )
+    loader = Loader(_Crops(padded, codec.input_size), workers, batch_size=batch_size, collate_fn=_collate)
     flip_index = torch.from_numpy(definition.flip_index)
     points: list[Tensor] = []
     faults: list[str | None] = []

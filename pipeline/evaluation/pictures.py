@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from pipeline.data.definitions import DatasetDefinition
+from pipeline.data.images import encode_jpeg
 
 Colour = tuple[int, int, int]
 
@@ -80,9 +81,7 @@ def contact_sheet(
 
 def save_jpg(image: np.ndarray, path: Path, quality: int = 90) -> None:
     """Writes an image as JPEG."""
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert done, f"cv2 can't encode an image of shape {image.shape}"
-    path.write_bytes(data.tobytes())
+    path.write_bytes(encode_jpeg(image, quality))
 
 
 def _side(name: str) -> str:

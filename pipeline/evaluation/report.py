@@ -39,6 +39,8 @@ class EvaluationReport:
     batch_size: int
     bootstrap: int
     seed: int
+    workers: int = 0
+    """Processes that read and crop images; 0: this one does."""
     max_bad_fraction: float = 0.0
     """Share of people whose image can't be read at which the evaluation stops; below it they count as not found."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -102,6 +104,7 @@ class EvaluationReport:
             spec.codec,
             flip=self.flip,
             batch_size=self.batch_size,
+            workers=self.workers,
             decoder=decoder,
             max_bad_fraction=self.max_bad_fraction,
         )
