@@ -224,18 +224,6 @@ def load_tensor_file(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: not a safetensors file: {error}") from None
 
 
-def load_best(folder: Path) -> dict[str, Tensor]:
-    """The weights of the best evaluation. Raises CheckpointError if they are not those that were kept."""
-    path = folder / "weights.safetensors"
-    try:
-        intact = read_json(folder / "best.json")["sha256"] == sha256(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{path}: missing, or not what was kept; restore it, or start over with --fresh")
-    return load_tensor_file(path)
-
-
 def _record(path: Path) -> dict[str, Any]:
     return {"sha256": sha256(path), "size": path.stat().st_size}
 

@@ -8,16 +8,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.distributed import broadcast_object, gather_objects, sum_over_ranks
 from pipeline.errors import DataError, Stopped, VitruvianError
-from pipeline.files import sha256, staging, write_json
 from pipeline.heartbeat import Heartbeat
 from pipeline.recipe import Skipping
 from pipeline.status import Status
@@ -225,7 +222,10 @@ class CountBadSamples(Hook):
 
 
 class Evaluate(Hook):
-    """Evaluates every few steps and keeps the weights of the best one in `<run directory>/best`."""
+    """Evaluates every few steps; where asked to, keeps the best one's weights.
+
+    They are part of each resume point: a run that goes back to one goes back to what was the best then.
+    """
 
     name = "evaluate"
 
@@ -234,19 +234,21 @@ class Evaluate(Hook):
         every: int,
         evaluate: Callable[[torch.nn.Module], dict[str, float]],
         metric: str,
-        run_dir: Path,
         tracker: Tracker,
+        keep: bool,
     ) -> None:
         """evaluate is collective and returns the same metrics on all ranks; `metric` names the one to be maximised.
 
         It may raise Stopped, on all ranks, when it was asked to.
         """
-        self.every, self.evaluate, self.metric, self.tracker = every, evaluate, metric, tracker
-        self.folder = run_dir / "best"
+        self.every, self.evaluate, self.metric, self.tracker, self.keep = every, evaluate, metric, tracker, keep
         self.best: float | None = None
+        self.kept: dict[str, Tensor] = {}
         self._owed = False
 
     def on_start(self, trainer: Trainer) -> None:
+        if not trainer.world.is_main:
+            self.kept = {}  # a resume point gives them to every rank
         if self._owed:
             self._run(trainer)
 
@@ -268,23 +270,19 @@ class Evaluate(Hook):
             logger.info("evaluation after step %d: %s", trainer.step, shown)
         if self.best is None or metrics[self.metric] > self.best:
             self.best = metrics[self.metric]
-            self._keep(trainer, metrics)
-
-    def _keep(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        weights, buffers = trainer.engine.weights(), trainer.engine.averaged_buffers()
-        if trainer.world.is_main:
-            with staging(self.folder) as folder:
-                save_file(
-                    {**weights, **{key: value.cpu() for key, value in buffers.items()}}, folder / "weights.safetensors"
-                )
-                digest = sha256(folder / "weights.safetensors")
-                write_json(folder / "best.json", {"step": trainer.step, "metrics": dict(metrics), "sha256": digest})
+            if self.keep:
+                weights, buffers = trainer.engine.weights(), trainer.engine.averaged_buffers()
+                self.kept = weights | {name: value.cpu() for name, value in buffers.items()} if weights else {}
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "owed": self._owed}
 
+    def tensors(self) -> dict[str, Tensor]:
+        return self.kept
+
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.best, self._owed = state.get("best"), state.get("owed", False)
+        self.kept = dict(tensors)
 
 
 class AverageWeights(Hook):

@@ -5,7 +5,7 @@
     identity.json               what the fingerprint was made of
     artifact/                   as it lies in the run directory, whole
     resume/step-00000120/       a resume point, and in `run/` what a machine without this run also needs:
-                                metrics so far, the MLflow run, the best weights so far
+                                metrics so far, the MLflow run
 ```
 Each folder is one of `pipeline/storage.py`. Only rank 0 talks to the storage.
 """
@@ -219,8 +219,6 @@ class RunStorage:
             for name in _RUN_FILES:
                 if (fetched / "run" / name).is_file():
                     (fetched / "run" / name).replace(self._run_dir / name)
-            if (fetched / "run" / "best").is_dir():
-                publish_folder(fetched / "run" / "best", self._run_dir / "best")
         shutil.rmtree(fetched / "run", ignore_errors=True)
         final.parent.mkdir(exist_ok=True)
         publish_folder(fetched, final)
@@ -235,8 +233,6 @@ class RunStorage:
         for name in _RUN_FILES:  # these are appended to or replaced: small enough to copy
             if (self._run_dir / name).is_file():
                 shutil.copy2(self._run_dir / name, snapshot / "run" / name)
-        if (self._run_dir / "best").is_dir():
-            shutil.copytree(self._run_dir / "best", snapshot / "run" / "best", copy_function=_link)
         return snapshot
 
     def _send_all(self) -> None:

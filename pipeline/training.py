@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.checkpoint import ResumePoints, load_best
+from pipeline.checkpoint import ResumePoints
 from pipeline.context import Context
 from pipeline.data.codec import CodecConfig
 from pipeline.data.collection import Collection
@@ -93,7 +93,7 @@ def train(
         global_batch_size=config.global_batch_size,
         micro_batch_size=context.pipeline.runtime.micro_batch_size,
     )
-    evaluate = Evaluate(*evaluation, context.run_dir, context.tracker) if evaluation else None
+    evaluate = Evaluate(*evaluation, context.tracker, keep_best) if evaluation else None
     average = AverageWeights(average_decay) if average_decay is not None else None
     hooks: list[Hook | None] = [
         Beat(context.heartbeat),
@@ -118,7 +118,7 @@ def train(
     trainer.fit()
     state = _final_state(engine, objective, average)
     if keep_best and evaluate is not None and world.is_main:
-        state = {name: value for name, value in load_best(evaluate.folder).items() if name in state}
+        state = {name: evaluate.kept[name] for name in state}
     metrics = {"steps": float(total)}
     if trainer.result is not None:
         metrics["final_loss"] = trainer.result.loss

@@ -274,8 +274,6 @@ def save(storage: RunStorage | None, run_dir: Path, *steps: int) -> None:
     points = ResumePoints(run_dir, ALONE, storage)
     for step in steps:
         (run_dir / "metrics.jsonl").write_text(f"until {step}\n")
-        (run_dir / "best").mkdir(exist_ok=True)
-        (run_dir / "best" / "weights.safetensors").write_text(f"best of {step}")
         points.save(step, {"w": torch.full((4,), float(step))}, {"mean": torch.zeros(2)}, {"hooks": {}})
         if storage is not None:
             storage.stop()
@@ -310,7 +308,7 @@ def test_points_are_copied_two_are_kept_and_leftovers_go(machine: Any, remote: P
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000010", "step-00000015"]
     assert content(folder / "step-00000015").keys() == {
         *("buffers-00000.safetensors", "weights-00000.safetensors", "state.json", "manifest.json", MANIFEST),
-        *("run/metrics.jsonl", "run/best/weights.safetensors"),
+        "run/metrics.jsonl",
     }
     assert not list((stage.run_dir / ".sent").iterdir())
 
@@ -327,7 +325,6 @@ def test_another_machine_goes_on_from_the_newest(machine: Any, caplog: pytest.Lo
     assert point is not None and load_state(point)["step"] == 10
     assert content(point) == content(stage.run_dir / "resume" / "step-00000010")
     assert (elsewhere.run_dir / "metrics.jsonl").read_text() == "until 10\n"
-    assert (elsewhere.run_dir / "best" / "weights.safetensors").read_text() == "best of 10"
     assert not (elsewhere.run_dir / ".fetched").exists()
 
 
@@ -402,9 +399,7 @@ def test_a_hostile_point_brings_nothing_but_what_belongs_to_a_run(machine: Any, 
     store.upload(hostile, place.name, {})
     pipeline, elsewhere = machine("b")
     assert of(pipeline, elsewhere).restore_newer() is not None
-    assert sorted(path.name for path in elsewhere.run_dir.iterdir()) == [
-        *("best", "identity.json", "metrics.jsonl", "resume")
-    ]
+    assert sorted(path.name for path in elsewhere.run_dir.iterdir()) == [*("identity.json", "metrics.jsonl", "resume")]
 
 
 def test_training_does_not_wait_for_an_upload_and_an_overtaken_point_is_not_sent(

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PLACES = (
@@ -30,6 +31,10 @@ def install(fault: dict[str, Any] | None, rank: int) -> None:
         _set_clock(fault["seconds"])
     elif fault["do"] == "nan":
         _poison(fault["step"], fault.get("steps", 1))
+    elif fault["do"] == "infinite gradient":
+        _poison_gradient(fault["step"], fault.get("steps", 1))
+    elif fault["do"] == "leave after loading":
+        _leave_after_loading(Path(fault["folder"]))
     else:
         _hook(fault["at"], fault["step"], lambda: _ACTIONS[fault["do"]](fault))
 
@@ -155,3 +160,41 @@ def _poison(first: int, steps: int) -> None:
         return original_agree(self, losses, limit)
 
     trainer.Trainer._one_step, engine.Engine._agree = one_step, agree
+
+
+def _poison_gradient(first: int, steps: int) -> None:
+    """Makes one parameter's gradient infinite on this rank for some steps; the loss stays what it is."""
+    from pipeline import engine, trainer
+
+    now = {"step": -1}
+    original_step, original_init = trainer.Trainer._one_step, engine.Engine.__init__
+
+    def one_step(self: Any, batches: Any) -> Any:
+        now["step"] = self.step
+        return original_step(self, batches)
+
+    def init(self: Any, module: Any, *arguments: Any, **options: Any) -> None:
+        parameter = next(one for one in module.parameters() if one.requires_grad)
+        parameter.register_hook(
+            lambda gradient: gradient * float("inf") if first <= now["step"] < first + steps else gradient
+        )
+        original_init(self, module, *arguments, **options)
+
+    trainer.Trainer._one_step, engine.Engine.__init__ = one_step, init
+
+
+def _leave_after_loading(folder: Path) -> None:
+    """Writes what the engine holds once the resume point is loaded, and ends the rank before its first step."""
+    from safetensors.torch import save_file
+
+    from pipeline import trainer
+
+    original = trainer.Trainer._resume
+
+    def resume(self: Any) -> Any:
+        original(self)
+        tensors = self.engine.state()
+        save_file(tensors, folder / f"{self.world.rank}.safetensors")
+        os._exit(3)
+
+    trainer.Trainer._resume = resume

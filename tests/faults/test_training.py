@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipeline.artifacts import read_artifact
+from pipeline.checkpoint import load_tensor_file, load_tensors
 from tests.chain.running import only_run
 from tests.faults.injection import PLACES
 from tests.faults.running import Left, Stage, left
@@ -121,6 +124,44 @@ def test_ranks_and_zero_stages_change_between_launches(stage: Stage) -> None:
 
 @pytest.mark.fault(9)
 @pytest.mark.slow
+def test_other_ranks_and_zero_stages_load_the_same_bits(stage: Stage, tmp_path: Path) -> None:
+    """Weights, moments and optimizer steps, frozen or not; before a step is taken."""
+    plain = "stages.finetune.average_decay=null"
+    assert stage.run(2, plain, "engine.zero_stage=1", fault=kill(7)).codes[1] == -9
+    saved = load_tensors(stage.run_dir / "resume" / "step-00000005")
+    assert {name.split("/")[0] for name in saved} > {"weight", "exp_avg", "exp_avg_sq"}
+    for ranks, zero_stage in ((2, 1), (1, 2), (2, 2), (2, 3), (1, 3), (2, 0)):
+        folder = tmp_path / f"{ranks}-{zero_stage}"
+        folder.mkdir()
+        fault = {"do": "leave after loading", "rank": "all", "folder": str(folder)}
+        outcome = stage.run(ranks, plain, f"engine.zero_stage={zero_stage}", fault=fault)
+        assert outcome.codes == [3] * ranks, outcome.log[-4000:]
+        loaded = {name: value for file in folder.iterdir() for name, value in load_tensor_file(file).items()}
+        assert loaded.keys() == saved.keys()
+        assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == [], (ranks, zero_stage)
+
+
+@pytest.mark.fault(1)
+@pytest.mark.slow
+def test_the_best_weights_belong_to_the_resume_point(stage: Stage) -> None:
+    """Killed after an evaluation that the point does not know yet, the run publishes what one never killed does."""
+    overrides = ("average_decay=null", "keep=best", "evaluation.every=4")
+    overrides = tuple(f"stages.finetune.{line}" for line in overrides)
+    clean = stage.finish(2, *overrides)
+    last = load_tensors(stage.run_dir / "resume" / "step-00000020")
+    best = {name.removeprefix("evaluate/"): value for name, value in last.items() if name.startswith("evaluate/")}
+    (name,) = (name for name in best if name.endswith("patch_embed.proj.weight"))
+    assert not torch.equal(best[name], last[f"weight/{name}"]), "the last evaluation is the best: this shows nothing"
+    published = load_tensor_file(stage.run_dir / "artifact" / "model.safetensors")
+    assert published and all(torch.equal(value, best[f"model.{key}"]) for key, value in published.items())
+    stage.forget()
+    for step in (6, 13, 17):
+        assert stage.run(2, *overrides, fault=kill(step)).codes[1] == -9
+    assert stage.finish(2, *overrides) == clean
+
+
+@pytest.mark.fault(9)
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(stage: Stage, undisturbed: dict[str, Left]) -> None:
     clean = expected(stage, undisturbed)
     assert stage.run(2, "runtime.workers=2", fault=kill(8)).codes[1] == -9
@@ -208,6 +249,21 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_named(precision: str, zero_stag
     assert [line["step"] for line in lines if line["loss"] is None] == [8, 9]
     assert all(line["loss"] is not None for line in lines[9:])
     assert read_artifact(stage.run_dir / "artifact")
+
+
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("zero_stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+def test_an_infinite_gradient_on_one_rank_is_skipped_by_all(zero_stage: int, stage: Stage) -> None:
+    """The loss is finite everywhere: only the gradients tell."""
+    overrides = (f"engine.zero_stage={zero_stage}", "stages.finetune.average_decay=null")
+    outcome = stage.run(2, *overrides, fault={"do": "infinite gradient", "step": 7, "steps": 2, "rank": 1})
+    assert outcome.codes == [0, 0], outcome.log[-4000:]
+    skipped = [line for line in outcome.log.splitlines() if "skipped" in line and "step " in line]
+    assert [line.split("step ")[1].split()[0] for line in skipped] == ["8", "9"], skipped
+    lines = left(stage.run_dir).lines
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    weights = load_tensor_file(stage.run_dir / "artifact" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 @pytest.mark.fault(14)

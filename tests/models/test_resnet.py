@@ -164,6 +164,6 @@ def test_a_resnet_neither_starts_a_vit_nor_teaches_a_token(tmp_path: Path) -> No
 
 def test_a_chain_with_a_token_of_a_resnet_is_refused_as_a_whole() -> None:
     overrides = ["stages.finetune.model.backbone={kind: resnet, image_size: [64, 64]}"]
-    overrides += ["stages.finetune.optimizer.layer_decay=1"]
+    overrides += ["stages.finetune.optimizer.layer_decay=1", "stages.finetune.inputs.init=null"]
     with pytest.raises(ConfigError, match="stages.token: inputs.teacher: a resnet takes no knowledge token"):
         load_pipeline(TINY, overrides, KINDS)
