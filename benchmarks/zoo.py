@@ -21,10 +21,13 @@ class Entry:
     """Of the AP."""
     images_per_second: float | None = None
     """Published, on an A100 at batch 64 (ViTPose, table 9)."""
+    ap_several: float | None = None
+    """Published AP after training on COCO, AI Challenger and MPII (ViTPose, table 9)."""
 
 
-def _vit(size: str, decoder: str) -> PoseConfig:
-    return PoseConfig.model_validate({"backbone": {"size": size}, "decoder": {"kind": decoder}})
+def _vit(size: str, decoder: str, convolution: bool = False) -> PoseConfig:
+    backbone = {"size": size, "parallel_convolution": convolution}
+    return PoseConfig.model_validate({"backbone": backbone, "decoder": {"kind": decoder}})
 
 
 def _resnet(layers: int, decoder: str) -> PoseConfig:
@@ -34,14 +37,17 @@ def _resnet(layers: int, decoder: str) -> PoseConfig:
 MODELS: tuple[Entry, ...] = (
     Entry("vitpose-s", _vit("S", "classic"), 73.8, _RELEASED),
     Entry("vitpose-s-simple", _vit("S", "simple"), 73.5, _RELEASED),
-    Entry("vitpose-b", _vit("B", "classic"), 75.8, _TABLE_2, 944),
+    Entry("vitpose-b", _vit("B", "classic"), 75.8, _TABLE_2, 944, 77.1),
     Entry("vitpose-b-simple", _vit("B", "simple"), 75.5, _TABLE_2),
-    Entry("vitpose-l", _vit("L", "classic"), 78.3, _TABLE_2, 411),
+    Entry("vitpose-l", _vit("L", "classic"), 78.3, _TABLE_2, 411, 78.7),
     Entry("vitpose-l-simple", _vit("L", "simple"), 78.2, _TABLE_2),
-    Entry("vitpose-h", _vit("H", "classic"), 79.1, _TABLE_2, 241),
+    Entry("vitpose-h", _vit("H", "classic"), 79.1, _TABLE_2, 241, 79.5),
     Entry("vitpose-h-simple", _vit("H", "simple"), 78.9, _TABLE_2),
     Entry("vitpose-1b", _vit("1B", "classic"), None, "none: a plain ViT in place of ViTAE-G"),
     Entry("vitpose-1b-simple", _vit("1B", "simple"), None, "none: a plain ViT in place of ViTAE-G"),
+    Entry(
+        "vitpose-1b-convolution", _vit("1B", "classic", convolution=True), None, "none: blocks as ViTAE's, not its G"
+    ),
     Entry("resnet-50", _resnet(50, "classic"), 70.4, _XIAO),
     Entry("resnet-50-simple", _resnet(50, "simple"), 53.1, _TABLE_2),
     Entry("resnet-101", _resnet(101, "classic"), 71.4, _XIAO),

@@ -27,7 +27,7 @@ def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:
-        raise ConfigError(f"{url}: {error}; for s3:// install vitruvian[s3]") from None
+        raise ConfigError(f"{url}: {error}; s3:// needs the extra `s3`: pip install '.[s3]' in the checkout") from None
     except ValueError as error:
         raise ConfigError(f"{url}: not a URL that fsspec knows: {error}") from None
     return filesystem, path.rstrip("/")

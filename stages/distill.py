@@ -35,7 +35,7 @@ class Inputs(Strict):
     init: str | None = None
     """A pretrained backbone for the student."""
     teacher: str | None = None
-    """A pose model; needed by both kinds of distillation."""
+    """A pose model; needed by all but a student alone and a `learned` token."""
     token: str | None = None
     """A knowledge token that was fitted on this teacher."""
     data: str | None = None

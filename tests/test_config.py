@@ -253,3 +253,12 @@ def test_references_flatten_mappings_and_leave_out_unset_inputs() -> None:
 def test_a_hint_lists_what_is_known_where_nothing_is_close() -> None:
     assert did_you_mean("zzz", ["alpha", "beta"]) == "; known: alpha, beta"
     assert did_you_mean("zzz", []) == ""
+
+
+def test_a_word_takes_the_place_of_the_one_it_excludes_and_null_of_neither(tmp_path: Path) -> None:
+    file = pipeline_file(tmp_path, {"name": "p", "stages": {"mae": {**MAE, "steps": 10}}})
+    for words in (["stages.mae.epochs=3"], ["stages.mae.epochs=3", "stages.mae.steps=null"]):
+        stage = load_pipeline(file, words, KINDS).stages["mae"]
+        assert (stage.steps, stage.epochs) == (None, 3)
+    stage = load_pipeline(file, ["stages.mae.steps=7", "stages.mae.epochs=null"], KINDS).stages["mae"]
+    assert (stage.steps, stage.epochs) == (7, None)

@@ -87,7 +87,11 @@ class Matches:
         return _mean(self._accumulate("all", self._counts(counts)), 0)
 
     def metrics(self, counts: np.ndarray | None = None) -> dict[str, float]:
-        """What `evaluate_coco` returns, when image i is there counts[i] times, by default once."""
+        """AP, AP50, AP75, APM, APL, AR, AR50, AR75, ARM, ARL in percent; -1 where there are no people of that kind.
+
+        Image i is there counts[i] times, by default once. Metric crowdpose adds AP_easy, AP_medium and AP_hard: AP on the
+        images of each level of `CROWD_LEVELS`.
+        """
         counts = self._counts(counts)
         found = {name: self._accumulate(name, counts) for name in self.areas}
         values = {}
@@ -147,23 +151,6 @@ def coco_results(
     return results
 
 
-def evaluate_coco(
-    truth: dict[str, Any],
-    results: Sequence[dict[str, Any]],
-    definition: DatasetDefinition,
-    *,
-    image_ids: Collection[int | str] | None = None,
-) -> dict[str, float]:
-    """AP, AP50, AP75, APM, APL, AR, AR50, AR75, ARM, ARL in percent; -1 where there are no people of that kind.
-
-    Metric crowdpose adds AP_easy, AP_medium and AP_hard: AP on the images of each level of `CROWD_LEVELS`. At most 20
-    detections an image; areas as annotated, for aic and crowdpose 0.53 x width x height of the annotated box. `truth`
-    and `results` are in COCO's form and stay as they are; `image_ids` restricts the evaluation. Raises DataError as
-    `evaluate_images` does.
-    """
-    return evaluate_images(truth, results, definition, image_ids=image_ids).metrics()
-
-
 def evaluate_images(
     truth: dict[str, Any],
     results: Sequence[dict[str, Any]],
@@ -173,8 +160,9 @@ def evaluate_images(
 ) -> Matches:
     """Matches results to people in every image.
 
-    Raises DataError for an image that the truth does not have, and for a result whose keypoints are not 3 K finite
-    numbers.
+    At most 20 detections an image; areas as annotated, for aic and crowdpose 0.53 x width x height of the annotated box.
+    `truth` and `results` are in COCO's form and stay as they are; `image_ids` restricts the evaluation. Raises DataError
+    for an image that the truth does not have, and for a result whose keypoints are not 3 K finite numbers.
     """
     records = {image["id"]: image for image in truth["images"]}
     order = _ordered(records if image_ids is None else _known(set(image_ids), records))

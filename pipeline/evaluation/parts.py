@@ -22,7 +22,7 @@ def evaluate_parts(
     image_ids: Collection[int | str] | None = None,
 ) -> dict[str, float]:
     """AP_<part> and AR_<part> in percent for each part of the definition, -1 where nobody has it; arguments as
-    `evaluate_coco`."""
+    `evaluate_images`."""
     areas = [_area(result["keypoints"], definition.parts[0].count) for result in results] if definition.parts else []
     values: dict[str, float] = {}
     start = 0

@@ -28,7 +28,7 @@ def test_the_cost_of_a_model_is_the_published_backbones_and_the_decoders_by_hand
 
 
 def test_every_model_gives_heatmaps_of_a_quarter_of_the_input() -> None:
-    assert len(BY_NAME) == len(MODELS) == 16
+    assert len(BY_NAME) == len(MODELS) == 17
     assert {entry.model.heatmap_size for entry in MODELS} == {(64, 48)}
     assert all(entry.source.startswith("none") == (entry.ap is None) for entry in MODELS)
 
@@ -62,7 +62,7 @@ def test_the_command_measures_what_it_is_asked_for_and_says_what_it_left_out(
     assert page.strip() == capsys.readouterr().out.strip()
     assert (
         "| `two` |" in page
-        and "| not run | - | - | none |" in page
+        and "| not run | - | - | none | - |" in page
         and "Shared." in page
         and "batch 2" in page
         and "CPU seconds" in page
@@ -79,3 +79,10 @@ def test_a_median_of_repeats_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) ->
     found = models.throughput(MICRO, torch.device("cpu"), batch=2, seconds=20.0)
     assert asked == [1, 1, 4, 4, 4, 4, 4]  # 20 s over 5 repeats of batches that take a second
     assert found == {"median": 8 / 5, "least": 8 / 16, "most": 8 / 2, "batches": 20}
+
+
+def test_the_page_is_that_of_the_committed_results() -> None:
+    page = Path("docs/models.md")
+    result = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert page.read_text(encoding="utf-8") == models.markdown(result)
+    assert [row["name"] for row in result["rows"]] == [entry.name for entry in MODELS]

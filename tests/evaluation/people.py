@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.data.definitions import DatasetDefinition
 from pipeline.data.instance import Instance
+from pipeline.evaluation.coco import evaluate_images
 from pipeline.evaluation.predictions import Prediction
 
 
@@ -73,3 +74,10 @@ def crowd_of(
 def result(image_id: int | str, keypoints: np.ndarray, score: float) -> dict[str, Any]:
     """One entry of a results list."""
     return {"image_id": image_id, "category_id": 1, "keypoints": keypoints.ravel().tolist(), "score": score}
+
+
+def ap_and_ar(
+    truth: dict[str, Any], results: list[dict[str, Any]], definition: DatasetDefinition, **options: Any
+) -> dict[str, float]:
+    """What `evaluate_images` finds, in numbers."""
+    return evaluate_images(truth, results, definition, **options).metrics()

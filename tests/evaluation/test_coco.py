@@ -14,9 +14,9 @@ from pipeline.data.annotations import Annotations, read, read_detections
 from pipeline.data.definitions import DatasetDefinition, DatasetSource, load_definition
 from pipeline.data.geometry import box_to_window
 from pipeline.errors import DataError
-from pipeline.evaluation.coco import coco_results, evaluate_coco, evaluate_images
+from pipeline.evaluation.coco import coco_results, evaluate_images
 from pipeline.evaluation.predictions import Prediction
-from tests.evaluation.people import crowd_of, perturbed, prediction, result
+from tests.evaluation.people import ap_and_ar, crowd_of, perturbed, prediction, result
 
 COCO_SET = load_definition("coco")
 NAMES = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
@@ -47,7 +47,7 @@ def test_real_people_found_with_noise_score_as_pycocotools_says(samples: Path, s
     rng = np.random.default_rng(1)
     results = coco_results([perturbed(one, rng, noise) for one in data.instances], data.definition)
     expected = by_hand(data.coco, results, data.definition)
-    assert evaluate_coco(data.coco, results, data.definition) == pytest.approx(expected, abs=1e-9)
+    assert ap_and_ar(data.coco, results, data.definition) == pytest.approx(expected, abs=1e-9)
     assert noise != 0.02 or 0 < expected["AP"] < 100
 
 
@@ -66,7 +66,7 @@ def test_detector_boxes_on_real_images_score_as_pycocotools_says(samples: Path) 
     for nms in (True, False):
         results = coco_results(found, data.definition, nms)
         expected = by_hand(data.coco, results, data.definition)
-        assert evaluate_coco(data.coco, results, data.definition) == pytest.approx(expected, abs=1e-9)
+        assert ap_and_ar(data.coco, results, data.definition) == pytest.approx(expected, abs=1e-9)
         assert 0 < expected["AP"] < 100
     assert len(coco_results(found, data.definition, nms=False)) == len(found) == 118
 
@@ -119,7 +119,7 @@ def test_real_detections_are_rescored_and_suppressed_as_by_the_released_code(sam
         assert one["score"] == pytest.approx(score, rel=1e-12)
         assert one["keypoints"] == points.ravel().tolist()
     by_pycocotools = by_hand(data.coco, results, data.definition)
-    assert evaluate_coco(data.coco, results, data.definition) == pytest.approx(by_pycocotools, abs=1e-9)
+    assert ap_and_ar(data.coco, results, data.definition) == pytest.approx(by_pycocotools, abs=1e-9)
 
 
 def test_random_crowds_with_duplicates_and_false_alarms_score_as_pycocotools_says() -> None:
@@ -128,7 +128,7 @@ def test_random_crowds_with_duplicates_and_false_alarms_score_as_pycocotools_say
         for number, annotation in enumerate(truth["annotations"], start=1):
             annotation["id"] = number
         before = copy.deepcopy((truth, results))
-        assert evaluate_coco(truth, results, COCO_SET) == pytest.approx(by_hand(truth, results, COCO_SET), abs=1e-9)
+        assert ap_and_ar(truth, results, COCO_SET) == pytest.approx(by_hand(truth, results, COCO_SET), abs=1e-9)
         assert (truth, results) == before
 
 
@@ -136,7 +136,7 @@ def test_perfect_predictions_give_100(samples: Path) -> None:
     for name in ("coco", "aic", "crowdpose", "ochuman"):
         data = annotations(samples, name)
         rng = np.random.default_rng(0)
-        metrics = evaluate_coco(
+        metrics = ap_and_ar(
             data.coco,
             coco_results([perturbed(one, rng, 0.0) for one in data.instances], data.definition),
             data.definition,
@@ -149,8 +149,8 @@ def test_missing_half_of_the_people_halves_recall() -> None:
     truth, _ = crowd_of(COCO_SET, 10, 40, np.random.default_rng(5), 0.0)
     people = [one for one in truth["annotations"] if one["num_keypoints"]]
     results = [result(one["image_id"], np.array(one["keypoints"]), 0.5) for one in people]
-    assert evaluate_coco(truth, results, COCO_SET)["AR"] == 100.0
-    half = evaluate_coco(truth, results[: len(people) // 2], COCO_SET)
+    assert ap_and_ar(truth, results, COCO_SET)["AR"] == 100.0
+    half = ap_and_ar(truth, results[: len(people) // 2], COCO_SET)
     assert half["AR"] == pytest.approx(100 * (len(people) // 2) / len(people))
     assert half["AP"] < 55
 
@@ -158,29 +158,29 @@ def test_missing_half_of_the_people_halves_recall() -> None:
 def test_a_person_with_id_0_can_be_found() -> None:
     truth, results = crowd_of(COCO_SET, 1, 1, np.random.default_rng(0), 0.0)
     assert truth["annotations"][0]["id"] == 0
-    assert evaluate_coco(truth, results[:1], COCO_SET)["AP"] == pytest.approx(100.0)
+    assert ap_and_ar(truth, results[:1], COCO_SET)["AP"] == pytest.approx(100.0)
 
 
 def test_string_image_ids_score_as_the_same_images_with_numbers() -> None:
     truth, results = crowd_of(COCO_SET, 9, 30, np.random.default_rng(7), 0.05)
-    expected = evaluate_coco(truth, results, COCO_SET)
+    expected = ap_and_ar(truth, results, COCO_SET)
     for record in [*truth["annotations"], *results]:
         record["image_id"] = f"photo-{record['image_id']}"
     for image in truth["images"]:
         image["id"] = f"photo-{image['id']}"
-    assert evaluate_coco(truth, results, COCO_SET) == expected
+    assert ap_and_ar(truth, results, COCO_SET) == expected
 
 
 def test_no_results_give_zeros_and_no_people_give_minus_one() -> None:
     truth, results = crowd_of(COCO_SET, 3, 30, np.random.default_rng(0), 0.0)
-    assert set(evaluate_coco(truth, [], COCO_SET).values()) == {0.0}
+    assert set(ap_and_ar(truth, [], COCO_SET).values()) == {0.0}
     truth["annotations"] = []
-    assert set(evaluate_coco(truth, results, COCO_SET).values()) == {-1.0}
-    assert set(evaluate_coco(truth, [], COCO_SET).values()) == {-1.0}
+    assert set(ap_and_ar(truth, results, COCO_SET).values()) == {-1.0}
+    assert set(ap_and_ar(truth, [], COCO_SET).values()) == {-1.0}
 
 
 def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate_coco(*crowd_of(COCO_SET, 3, 9, np.random.default_rng(0), 0.0), COCO_SET)
+    ap_and_ar(*crowd_of(COCO_SET, 3, 9, np.random.default_rng(0), 0.0), COCO_SET)
     assert capsys.readouterr() == ("", "")
 
 
@@ -191,20 +191,20 @@ def test_image_ids_restrict_the_evaluation() -> None:
         "images": [image for image in truth["images"] if image["id"] in chosen],
         "annotations": [one for one in truth["annotations"] if one["image_id"] in chosen],
     }
-    expected = evaluate_coco(small, [one for one in results if one["image_id"] in chosen], COCO_SET)
-    assert evaluate_coco(truth, results, COCO_SET, image_ids=chosen) == expected
-    assert expected != evaluate_coco(truth, results, COCO_SET)
+    expected = ap_and_ar(small, [one for one in results if one["image_id"] in chosen], COCO_SET)
+    assert ap_and_ar(truth, results, COCO_SET, image_ids=chosen) == expected
+    assert expected != ap_and_ar(truth, results, COCO_SET)
 
 
 def test_unknown_images_and_broken_results_are_named() -> None:
     truth, results = crowd_of(COCO_SET, 3, 9, np.random.default_rng(0), 0.0)
     with pytest.raises(DataError, match="image 77 not among the 3 images"):
-        evaluate_coco(truth, [*results, result(77, np.zeros((17, 3)), 0.5)], COCO_SET)
+        ap_and_ar(truth, [*results, result(77, np.zeros((17, 3)), 0.5)], COCO_SET)
     with pytest.raises(DataError, match="image 55 "):
-        evaluate_coco(truth, results, COCO_SET, image_ids=[0, 55])
+        ap_and_ar(truth, results, COCO_SET, image_ids=[0, 55])
     for broken in (np.zeros((14, 3)), np.full((17, 3), np.nan)):
         with pytest.raises(DataError, match="image 2: expected 51 finite"):
-            evaluate_coco(truth, [result(2, broken, 0.5)], COCO_SET)
+            ap_and_ar(truth, [result(2, broken, 0.5)], COCO_SET)
 
 
 def test_areas_of_aic_and_crowdpose_come_from_the_box() -> None:
@@ -218,11 +218,11 @@ def test_areas_of_aic_and_crowdpose_come_from_the_box() -> None:
         off[:, 0] += np.sqrt(-np.log(0.72) * 2 * area) * 2 * np.array(definition.sigmas)  # OKS 0.72: 5 of 10 pass
         one = {"id": 1, "image_id": 1, "bbox": [0, 0, width, height], "keypoints": points.ravel().tolist(), "area": 1.0}
         truth = {"images": [{"id": 1, "crowdIndex": 0.5}], "annotations": [one]}
-        metrics = evaluate_coco(truth, [result(1, off, 0.9)], definition)
+        metrics = ap_and_ar(truth, [result(1, off, 0.9)], definition)
         assert metrics["AP"] == pytest.approx(50.0)
         assert metrics["APM"] == pytest.approx(50.0) and metrics["APL"] == -1.0
         annotated = definition.model_copy(update={"metric": "coco"})
-        assert evaluate_coco(truth, [result(1, off, 0.9)], annotated)["AP"] == 0.0
+        assert ap_and_ar(truth, [result(1, off, 0.9)], annotated)["AP"] == 0.0
 
 
 def test_crowd_levels_are_the_ap_of_their_images() -> None:
@@ -232,13 +232,12 @@ def test_crowd_levels_are_the_ap_of_their_images() -> None:
     for image, index in zip(truth["images"], [0.0, 0.19, 0.2, 0.5, 0.79, 0.8, 0.9, 1.0] * 3, strict=True):
         image["crowdIndex"] = index
         levels["AP_easy" if index < 0.2 else "AP_medium" if index < 0.8 else "AP_hard"].append(image["id"])
-    metrics = evaluate_coco(truth, results, definition)
+    metrics = ap_and_ar(truth, results, definition)
     for name, image_ids in levels.items():
-        assert metrics[name] == evaluate_coco(truth, results, definition, image_ids=image_ids)["AP"]
+        assert metrics[name] == ap_and_ar(truth, results, definition, image_ids=image_ids)["AP"]
     assert len({metrics[name] for name in ("AP", *levels)}) == 4
     assert (
-        not {"AP_easy", "AP_hard"}
-        & evaluate_coco(truth, results, definition.model_copy(update={"metric": "aic"})).keys()
+        not {"AP_easy", "AP_hard"} & ap_and_ar(truth, results, definition.model_copy(update={"metric": "aic"})).keys()
     )
 
 
@@ -250,7 +249,7 @@ def test_at_most_20_people_an_image_count() -> None:
     ]
     truth = {"images": [{"id": 1}], "annotations": people}
     results = [result(1, one, 0.5) for one in points]
-    assert evaluate_coco(truth, results, COCO_SET)["AR"] == pytest.approx(80.0)
+    assert ap_and_ar(truth, results, COCO_SET)["AR"] == pytest.approx(80.0)
 
 
 def test_results_are_ranked_deduplicated_and_finite(caplog: pytest.LogCaptureFixture) -> None:
@@ -282,5 +281,5 @@ def test_matches_of_all_images_once_are_the_evaluation() -> None:
     truth, results = crowd_of(COCO_SET, 15, 50, np.random.default_rng(9), 0.05)
     matches = evaluate_images(truth, results, COCO_SET)
     assert matches.image_ids == tuple(range(15))
-    assert matches.metrics() == evaluate_coco(truth, results, COCO_SET)
+    assert matches.metrics() == ap_and_ar(truth, results, COCO_SET)
     assert matches.average_precision(np.ones(15, np.int64)) == matches.metrics()["AP"]

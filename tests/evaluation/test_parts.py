@@ -11,9 +11,9 @@ import pytest
 from pipeline.data.annotations import Annotations, read
 from pipeline.data.definitions import DatasetSource, load_definition
 from pipeline.errors import DataError
-from pipeline.evaluation.coco import coco_results, evaluate_coco
+from pipeline.evaluation.coco import coco_results
 from pipeline.evaluation.score import score
-from tests.evaluation.people import crowd_of, perturbed
+from tests.evaluation.people import ap_and_ar, crowd_of, perturbed
 from tests.evaluation.test_coco import by_hand
 from tests.evaluation.whole_bodies import PARTS, whole_body_file
 
@@ -87,10 +87,10 @@ def test_ap_by_species_is_pycocotools_mean_over_categories() -> None:
     truth["categories"] = [{"id": 10 + kind, "name": f"species {kind}"} for kind in range(6)]
     for number, record in enumerate(results):
         record["category_id"] = 10 + number % 5  # 14 has no animals
-    found = evaluate_coco(truth, results, definition)
+    found = ap_and_ar(truth, results, definition)
     assert found == pytest.approx(by_hand(truth, results, definition), abs=1e-9)
     together = definition.model_copy(update={"average_over_categories": False})
-    assert found["AP"] != evaluate_coco(truth, results, together)["AP"]
+    assert found["AP"] != ap_and_ar(truth, results, together)["AP"]
 
 
 def test_each_animal_is_found_as_its_own_species_and_a_detectors_box_has_none(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def write(outgoing: Outgoing, folder: Path) -> list[str]:
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError:
-        raise ConfigError("export to onnx needs the extra `export`: pip install 'vitruvian[export]'") from None
+        raise ConfigError("export to onnx needs the extra `export`: pip install '.[export]' in the checkout") from None
     spec = outgoing.spec
     outgoing.require_no_experts("onnx")
     datasets = (outgoing.one_dataset("onnx")[0],) if outgoing.dataset else tuple(spec.datasets)
