@@ -175,7 +175,7 @@ def data_check(
     images: Annotated[str | None, typer.Option(help="Another image folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read a dataset and print counts and every suspicious record."""
+    """Read a dataset and print counts and every suspicious record; of images the headers, not the pixels."""
     from launchers.data_check import print_report
     from pipeline.data.check import check
     from pipeline.data.definitions import DatasetSource
