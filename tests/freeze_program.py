@@ -1,12 +1,13 @@
 """Run by tests on two ranks: frozen parameters through training, a resume point and another engine; prints JSON.
 
+Arguments: the part that is frozen, attention or ffn; ZeRO stage; precision; a folder for resume points.
 The second engine starts from other weights, frozen ones too: whatever it ends with came from the resume point.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
@@ -21,21 +22,29 @@ from pipeline.models.pose import PoseModel
 from pipeline.objectives import PoseObjective
 from pipeline.process_group import start_process_group
 
+Part = Literal["attention", "ffn"]
+
 BACKBONE = {
     "size": "micro",
     "image_size": (64, 48),
     "patch_size": 8,
-    "positions": "fixed",
     "attention": {"window": (3, 4), "shift": True, "pool": True, "relative_positions": True},
 }
+FROZEN = {
+    "attention": (".attn.", ".norm1.", "backbone.pos_embed"),
+    "ffn": (".mlp.", ".norm2.", "backbone.patch_embed.", "backbone.pos_embed"),
+}
+"""What the names of frozen parameters contain. Positions are frozen with either part: attention's model has fixed ones."""
+POSITIONS = {"attention": "fixed", "ffn": "learned"}
 
 
-def build(seed: int, world: World, config: EngineConfig) -> tuple[Engine, dict[str, torch.Tensor]]:
-    """An engine whose attention is frozen, and what its weights were before."""
+def build(seed: int, part: Part, world: World, config: EngineConfig) -> tuple[Engine, dict[str, torch.Tensor]]:
+    """An engine of a model of which one part is frozen, and what its weights were before."""
     torch.manual_seed(seed)
-    model = PoseModel(PoseConfig(backbone=BACKBONE, decoder={"filters": 16}), {"coco": 17})
+    backbone = {**BACKBONE, "positions": POSITIONS[part]}
+    model = PoseModel(PoseConfig(backbone=backbone, decoder={"filters": 16}), {"coco": 17})
     model.init_weights()
-    freeze(model, "attention")
+    freeze(model, part)
     named = layer_decay_groups(model, 1e-3, 0.1, 0.8)
     groups = [{key: group[key] for key in ("params", "weight_decay", "lr_scale")} | {"lr": 0.0} for group in named]
     before = {f"model.{name}": each.detach().clone() for name, each in model.named_parameters()}
@@ -60,7 +69,7 @@ def train(engine: Engine, batch: dict[str, Any], steps: range) -> None:
 
 def main() -> None:
     """Five steps; and from the resume point after three, two more."""
-    stage, precision, folder = int(sys.argv[-3]), sys.argv[-2], Path(sys.argv[-1])
+    part, stage, precision, folder = cast(Part, sys.argv[-4]), int(sys.argv[-3]), sys.argv[-2], Path(sys.argv[-1])
     world = world_from_environment(RuntimeConfig(device="cpu"))
     start_process_group(world)
     generator = torch.Generator().manual_seed(world.rank)
@@ -72,7 +81,7 @@ def main() -> None:
         "weight": torch.ones(4),
     }
     config = EngineConfig.model_validate({"zero_stage": stage, "precision": precision})
-    engine, before = build(0, world, config)
+    engine, before = build(0, part, world, config)
     train(engine, batch, range(3))
     points = ResumePoints(folder, world)
     points.save(3, engine.state(), engine.buffers(), {})
@@ -82,7 +91,7 @@ def main() -> None:
         name for name, each in engine.module.named_parameters() if not each.requires_grad and each.grad is not None
     ]
 
-    other, _ = build(1, world, config)
+    other, _ = build(1, part, world, config)
     point = points.newest()
     assert point is not None
     tensors = load_tensors(point)
@@ -91,7 +100,7 @@ def main() -> None:
     train(other, batch, range(3, 5))
     final = other.weights()
     if world.is_main:
-        frozen = [name for name in before if ".attn." in name or ".norm1." in name or name.endswith("pos_embed")]
+        frozen = [name for name in before if any(each in name for each in FROZEN[part])]
         report = {
             "names": sorted(expected) == sorted(before) == sorted(final),
             "frozen": len(frozen),

@@ -77,7 +77,7 @@ class CodecConfig(Strict):
 def encode(keypoints: torch.Tensor, visible: torch.Tensor, codec: CodecConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Target heatmaps (B, K, h, w) and weights (B, K), float32, of keypoints (B, K, 2) in input pixels.
 
-    A Gaussian of peak at most 1 around the real-valued centre mu, written only within 3 sigma of the pixel
+    A Gaussian of peak at most 1 around the real-valued centre mu, written only within 3 sigma, rounded up, of the pixel
     int(mu + 0.5). Keypoints that are not `visible` (B, K), or whose whole window lies outside, get weight 0 and an
     empty map. ViTPose, section 4.1, by mmpose's `_udp_generate_target`.
     """

@@ -32,6 +32,25 @@ def test_the_reference_is_up_to_1_4_off_at_the_border_and_right_from_4_pixels_on
         assert abs(found - place) == pytest.approx(errors_along_x(CodecConfig(), np.array([place]))[0], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("grid", "at_two_sigma"),
+    [
+        (((224, 224), (56, 56)), 0.052),
+        (((256, 192), (64, 48)), 0.084),
+        (((384, 288), (96, 72)), 0.096),
+        (((576, 432), (144, 108)), 0.153),
+    ],
+)
+def test_two_sigma_off_the_border_the_reference_misses_by_a_share_of_sigma(grid: tuple, at_two_sigma: float) -> None:
+    """Less than 0.1 pixels but for the largest maps, which need 2.25 sigma."""
+    codec = CodecConfig(input_size=grid[0], heatmap_size=grid[1])
+    places = np.linspace(2 * codec.spread, (grid[1][1] - 1) / 2, 801)
+    errors = errors_along_x(codec, places)
+    assert errors.max() == pytest.approx(at_two_sigma, rel=0.02)
+    assert 0.029 < errors.max() / codec.spread < 0.043
+    assert errors[places >= 2.25 * codec.spread].max() < 0.06
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_fit_finds_every_keypoint_of_a_perfect_map_and_leaves_the_inside_to_the_reference(grid: tuple) -> None:
     codec = CodecConfig(input_size=grid[0], heatmap_size=grid[1], border="exact")

@@ -35,6 +35,26 @@ def pad_patch(intake: Intake, wanted: Wanted) -> bool:
     return True
 
 
+def clear_class_position(intake: Intake, slot: bool, library: str) -> None:
+    """Makes positions and class token an autoencoder's, where the token's position is its own.
+
+    ViTPose's convention, which `backbone_state` follows, adds that position to every patch, so it becomes zero. slot:
+    whether the positions begin with it; without a slot one is put there, and without a class token one of zeros. Raises
+    ArtifactError where there are no positions.
+    """
+    positions = intake.take("pos_embed")
+    if positions.ndim != 3:  # `finish` says what they should be
+        return
+    zeros = torch.zeros_like(positions[:, :1])
+    if slot:
+        positions = positions[:, 1:]
+        intake.changes.append(f"pos_embed: the class token's position was set to zero; no patch has it in {library}")
+    intake.tensors["pos_embed"] = torch.cat([zeros, positions], dim=1)
+    if "cls_token" not in intake.tensors:
+        intake.tensors["cls_token"] = zeros
+        intake.changes.append("cls_token: the model has none; one of zeros stands in its place")
+
+
 def finish(intake: Intake, wanted: Wanted, decoder: dict[str, Any] | None = None) -> Imported:
     """The encoder, or the whole autoencoder if `decoder` has the other keys of its `MAEConfig`.
 

@@ -15,16 +15,20 @@ from pipeline.models.formats.outgoing import Outgoing
 from pipeline.models.formats.pose import Imported, Wanted, choose_heads, finish
 from pipeline.models.preprocessing import MEAN, STD
 
+VIT = (
+    ("patch_embed.proj", "patch_embed.projection"),
+    ("pos_embed", "pos_embed"),
+    ("blocks.*.norm1", "layers.*.ln1"),
+    ("blocks.*.attn.qkv", "layers.*.attn.qkv"),
+    ("blocks.*.attn.proj", "layers.*.attn.proj"),
+    ("blocks.*.norm2", "layers.*.ln2"),
+    ("blocks.*.mlp.fc1", "layers.*.ffn.layers.0.0"),
+    ("blocks.*.mlp.fc2", "layers.*.ffn.layers.1"),
+)
+"""Our names of a plain ViT's parts and mmpretrain's, but for the last norm and the class token."""
 KEYS = KeyMap(
     (
-        ("backbone.patch_embed.proj", "backbone.patch_embed.projection"),
-        ("backbone.pos_embed", "backbone.pos_embed"),
-        ("backbone.blocks.*.norm1", "backbone.layers.*.ln1"),
-        ("backbone.blocks.*.attn.qkv", "backbone.layers.*.attn.qkv"),
-        ("backbone.blocks.*.attn.proj", "backbone.layers.*.attn.proj"),
-        ("backbone.blocks.*.norm2", "backbone.layers.*.ln2"),
-        ("backbone.blocks.*.mlp.fc1", "backbone.layers.*.ffn.layers.0.0"),
-        ("backbone.blocks.*.mlp.fc2", "backbone.layers.*.ffn.layers.1"),
+        *((f"backbone.{ours}", f"backbone.{theirs}") for ours, theirs in VIT),
         ("backbone.last_norm", "backbone.ln1"),
         ("backbone.last_norm", "backbone.norm1"),
         ("heads.0.deconv_layers", "head.deconv_layers"),

@@ -61,13 +61,20 @@ def _grid(count: int, patch: int, input_size: tuple[int, int] | None, where: str
                 f"patches of {patch} has {input_size[0] / patch:g} x {input_size[1] / patch:g}"
             )
         return rows, columns
+    if (grid := usual_grid(count)) is not None:
+        return grid
+    raise ArtifactError(
+        f"{where} holds the positions of {count} patches, no 4:3 or square grid; give the input size (--input)"
+    )
+
+
+def usual_grid(count: int) -> tuple[int, int] | None:
+    """Rows and columns of that many patches in a 4:3 upright grid, or else a square one; None where there is neither."""
     for rows_of, columns_of in ((4, 3), (1, 1)):
         unit = round((count / (rows_of * columns_of)) ** 0.5) if count > 0 else 0
         if unit and unit * unit * rows_of * columns_of == count:
             return unit * rows_of, unit * columns_of
-    raise ArtifactError(
-        f"{where} holds the positions of {count} patches, no 4:3 or square grid; give the input size (--input)"
-    )
+    return None
 
 
 def described(kind: type[Config], values: dict[str, Any], where: str) -> Config:
