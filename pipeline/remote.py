@@ -3,19 +3,21 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 
-from pipeline.errors import ArtifactError, ConfigError
+from pipeline.errors import ConfigError, StorageError, VitruvianError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ATTEMPTS = 3
-_FINAL = (ArtifactError, FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+PATIENT_ATTEMPTS = 6
+"""For what a running stage can't do without: a minute of waiting in all, beside the backend's own retries."""
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_FINAL = (VitruvianError, PermissionError, *_ABSENT)
 
 
 def open_filesystem(url: str) -> tuple[AbstractFileSystem, str]:
@@ -38,13 +40,13 @@ def is_transient(error: object) -> bool:
     return isinstance(error, Exception) and not isinstance(error, _FINAL)
 
 
-def retried(action: Callable[[], T], what: str) -> T:
+def retried(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
     """The action's result; it is tried again, a little later each time, where it failed for a reason that may pass.
 
     Backends retry single requests by themselves; this is for the outages that outlast them. Raises what the last
     attempt raised.
     """
-    for attempt in range(1, ATTEMPTS):
+    for attempt in range(1, attempts):
         try:
             return action()
         except Exception as error:
@@ -60,27 +62,45 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
-def fetch_ranges(base: str, wanted: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
-    """Bytes of (file name below `base`, first, last exclusive), by concurrent requests; an error in its place.
+def asked(action: Callable[[], T], where: str, attempts: int = ATTEMPTS) -> T:
+    """`retried`. Raises FileNotFoundError for what is not there, StorageError where nobody answers or lets us in."""
+    try:
+        return retried(action, where, attempts)
+    except (VitruvianError, FileNotFoundError):
+        raise
+    except Exception as error:  # every backend has its own
+        raise StorageError(f"{where}: {reason(error)}") from None
 
-    Only what failed is asked for again: an outage must not turn good samples into broken ones.
+
+def fetch_ranges(base: str, wanted: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
+    """Bytes of (file name below `base`, first, last exclusive), by concurrent requests; shorter where the file ends.
+
+    A file that is not there is an error in its place. Raises StorageError if the store can't be reached or refuses:
+    that says nothing about the samples, which must not count as broken. Only what failed is asked for again.
     """
     filesystem, root = open_filesystem(base)
     blocks: list[bytes | Exception] = [OSError("not asked for yet")] * len(wanted)
 
     def ask() -> None:
-        failed = [i for i, block in enumerate(blocks) if is_transient(block)]
-        asked = [wanted[i] for i in failed]
-        paths = [f"{root}/{name}" for name, _, _ in asked]
-        starts, ends = [start for _, start, _ in asked], [end for _, _, end in asked]
+        failed = [i for i, block in enumerate(blocks) if _is_missing(block)]
+        asked_for = [wanted[i] for i in failed]
+        paths = [f"{root}/{name}" for name, _, _ in asked_for]
+        starts, ends = [start for _, start, _ in asked_for], [end for _, _, end in asked_for]
         for i, block in zip(failed, filesystem.cat_ranges(paths, starts, ends, on_error="return"), strict=True):
             blocks[i] = block
-        for block in blocks:
-            if is_transient(block):
-                assert isinstance(block, Exception)
+        for block, (name, start, _) in zip(blocks, wanted, strict=True):
+            if _is_missing(block) and filesystem.size(f"{root}/{name}") > start:
                 raise block
+        # What is left begins after the end of its file, which S3 calls an invalid request.
+        blocks[:] = [b"" if _is_missing(block) else block for block in blocks]
 
     if wanted:
-        with suppress(Exception):  # what still fails is in its place
-            retried(ask, base)
+        try:
+            asked(ask, base, PATIENT_ATTEMPTS)
+        except StorageError as error:
+            raise StorageError(f"{error}; no sample is lost by it: the same command goes on") from None
     return blocks
+
+
+def _is_missing(block: bytes | Exception) -> TypeGuard[Exception]:
+    return isinstance(block, Exception) and not isinstance(block, _ABSENT)

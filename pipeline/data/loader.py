@@ -33,7 +33,7 @@ from pipeline.data.images import decode_stored
 from pipeline.data.order import PURPOSE_VIEW, Order, positions
 from pipeline.data.shard_index import SampleMeta
 from pipeline.data.shards import Sample, ShardSet
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, VitruvianError
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +236,20 @@ class Loader(DataLoader[Any]):
         super().__init__(dataset, num_workers=workers, pin_memory=torch.cuda.is_initialized(), **options)
 
     def __iter__(self) -> Any:
-        with _blocked(_STOP_SIGNALS) if self.num_workers else contextlib.nullcontext():
+        if not self.num_workers:
             return super().__iter__()
+        with _blocked(_STOP_SIGNALS):
+            batches = super().__iter__()
+        return _with_plain_errors(batches)
+
+
+def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches. An error of the user's that a worker raised is as it was there: PyTorch puts its traceback into it."""
+    try:
+        yield from batches
+    except VitruvianError as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
 
 
 @contextlib.contextmanager
