@@ -14,9 +14,7 @@ noise, whose order is the mask.
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, Protocol
@@ -34,6 +32,7 @@ from pipeline.data.order import PURPOSE_VIEW, Order, positions
 from pipeline.data.shard_index import SampleMeta
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import ConfigError, DataError, VitruvianError
+from pipeline.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -270,20 +269,8 @@ def _context() -> Any:
 
 
 def _start_worker(_: int) -> None:
-    threading.Thread(target=_leave_with_the_rank, daemon=True).start()
+    end_with_parent()
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def _leave_with_the_rank() -> None:
-    """Ends a worker whose rank is gone, killed or left by `os._exit`.
-
-    PyTorch watches the process that forked the worker, which is the fork server; and that one lives on as long as a
-    worker does. Without this both would stay behind for good.
-    """
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()
-    os._exit(0)

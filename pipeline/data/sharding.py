@@ -30,6 +30,7 @@ from pipeline.data.shard_index import index_path
 from pipeline.data.shards import shard_name, write_shard
 from pipeline.errors import DataError
 from pipeline.files import read_json, write_json
+from pipeline.processes import end_with_parent
 from pipeline.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -267,6 +268,7 @@ def _sum_up(report: ShardsReport, tasks: list[_Task]) -> None:
 
 
 def _start_worker() -> None:
+    end_with_parent()
     cv2.setNumThreads(1)
 
 
