@@ -3,12 +3,12 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeGuard, TypeVar
+from typing import Any, BinaryIO, TypeGuard, TypeVar
 
 import fsspec
 from fsspec import AbstractFileSystem
 
-from pipeline.errors import ConfigError, StorageError, VitruvianError
+from pipeline.errors import ConfigError, DataError, StorageError, VitruvianError
 
 logger = logging.getLogger(__name__)
 
@@ -16,6 +16,7 @@ T = TypeVar("T")
 ATTEMPTS = 3
 PATIENT_ATTEMPTS = 6
 """For what a running stage can't do without: a minute of waiting in all, beside the backend's own retries."""
+_PART = 1 << 26
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _FINAL = (VitruvianError, PermissionError, *_ABSENT)
 
@@ -57,19 +58,66 @@ def retried(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
     return action()
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what a backend raised."""
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
 def asked(action: Callable[[], T], where: str, attempts: int = ATTEMPTS) -> T:
     """`retried`. Raises FileNotFoundError for what is not there, StorageError where nobody answers or lets us in."""
+
+    def tell_outages() -> T:
+        try:
+            return action()
+        except FileNotFoundError as error:  # the backend for HTTP says so whatever happened
+            if isinstance(error.__cause__, OSError) or getattr(error.__cause__, "status", 0) >= 500:
+                raise OSError(reason(error.__cause__)) from None
+            raise
+
     try:
-        return retried(action, where, attempts)
+        return retried(tell_outages, where, attempts)
     except (VitruvianError, FileNotFoundError):
         raise
     except Exception as error:  # every backend has its own
         raise StorageError(f"{where}: {reason(error)}") from None
+
+
+def info(url: str) -> dict[str, Any] | None:
+    """What fsspec knows of a file or folder; None where there is none. Raises StorageError if the place can't be reached.
+
+    A backend's own `isfile` and `exists` take an outage for an absence.
+    """
+    filesystem, path = open_filesystem(url)
+    try:
+        return asked(lambda: filesystem.info(path), url)
+    except FileNotFoundError:
+        return None
+
+
+def read_url(url: str, limit: int) -> bytes:
+    """All bytes of a remote file. Raises DataError if there is none or it has more than `limit`, StorageError if the
+    place can't be reached or refuses.
+    """
+    filesystem, path = open_filesystem(url)
+
+    def action() -> bytes:
+        with filesystem.open(path, "rb") as stream:
+            return read_within(stream, url, limit)
+
+    try:
+        return asked(action, url)
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file") from None
+
+
+def read_within(stream: BinaryIO, where: str, limit: int) -> bytes:
+    """All bytes of a stream, in parts: `read(limit)` would take as much memory as that at once. Raises DataError."""
+    parts: list[bytes] = []
+    while part := stream.read(_PART):
+        parts.append(part)
+        if sum(map(len, parts)) > limit:
+            raise DataError(f"{where}: can't be read: more than {limit} bytes")
+    return b"".join(parts)
 
 
 def fetch_ranges(base: str, wanted: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:

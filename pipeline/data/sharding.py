@@ -113,7 +113,7 @@ def make_shards(
     part: (I, N) makes only every N-th shard from number I on, beside other processes that make the others, and leaves
     summing up to a later call without it: the report then holds no shards.
     Raises DataError where more than `max_bad_fraction` of the people, or of the images of `exclude`, can't be read; each
-    is named in the log.
+    is named in the log. Raises StorageError for a URL that can't be reached, which leaves nobody out: a later call goes on.
     """
     work.mkdir(parents=True, exist_ok=True)
     read_sources = [read(source, root) for source in sources]
