@@ -6,7 +6,6 @@ the work; a killed run makes only the shards that have none.
 
 import hashlib
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +29,7 @@ from pipeline.data.readers.records import MALFORMED
 from pipeline.data.shard_index import index_path
 from pipeline.data.shards import shard_name, write_shard
 from pipeline.errors import DataError
-from pipeline.files import read_json, write_json, write_text
+from pipeline.files import link_or_copy, read_json, write_json, write_text
 from pipeline.processes import end_with_parent
 from pipeline.progress import progress
 
@@ -194,7 +193,7 @@ def write_description(work: Path, staged: Path, report: ShardsReport) -> None:
         (staged / "shards").mkdir()
         for name in report.shards:
             # A link, not a move: a run that is killed while it publishes still has them.
-            os.link(work / "shards" / name, staged / "shards" / name)
+            link_or_copy(work / "shards" / name, staged / "shards" / name)
     description = ShardsDescription(
         base=report.base,
         shards=report.shards,

@@ -1,6 +1,8 @@
 """From raw datasets to shards: what goes in, what is left out, and that the same input makes the same bytes."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +175,18 @@ def test_too_many_malformed_annotations_stop_the_stage(root: Path, tmp_path: Pat
     with pytest.raises(DataError, match=told):
         _make(tmp_path / "b", root, max_bad_fraction=0.1)
     assert len((tmp_path / "b" / "left_out.txt").read_text().splitlines()) == 2
+
+
+def test_a_file_system_without_hard_links_gets_copies(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = _make(tmp_path / "work", root, samples_per_shard=100)
+    staged = tmp_path / "staged"
+    staged.mkdir()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_description(tmp_path / "work", staged, report)
+    assert _bytes(staged).items() <= _bytes(tmp_path / "work").items() and _bytes(staged)
