@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.artifacts import Artifact, Parent, publish
 from pipeline.config import PipelineConfig
 from pipeline.data.cache import SampleCache
+from pipeline.data.readers.files import IMAGE_ENDINGS
 from pipeline.errors import ArtifactError, Stopped
 from pipeline.files import write_json, write_text
 from pipeline.graph import Input, StagePlan
@@ -77,9 +78,15 @@ class Context:
         return label in self.plan.inputs
 
     def data_root(self, label: str = "data") -> str:
-        """The folder of raw datasets behind an input: what a stage made, or a folder or URL of the user's."""
+        """The folder of raw datasets behind an input: what a stage made, or a folder or URL of the user's.
+
+        Of what a stage made, the digests of all files but the images are checked. Raises ArtifactError.
+        """
         source = self._input(label)
         if source.artifact is not None:
+            for name in source.artifact.manifest.files:
+                if name.startswith("raw/") and not name.lower().endswith(IMAGE_ENDINGS):
+                    source.artifact.file(name)
             return str(source.artifact.path / "raw")
         return source.reference if "://" in source.reference else str(source.path)
 

@@ -52,6 +52,14 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """A hard link where the file system has them, else a copy: for files that are never written to again."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def require_writable(folder: Path) -> None:
     """Makes a folder and writes into it, to find out now. Raises ConfigError that says what is in the way."""
     probe = folder / f".writable-{uuid.uuid4().hex[:8]}"

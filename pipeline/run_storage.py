@@ -11,7 +11,6 @@ Each folder is one of `pipeline/storage.py`. Only rank 0 talks to the storage.
 """
 
 import logging
-import os
 import re
 import shutil
 import threading
@@ -21,7 +20,7 @@ from pipeline.artifacts import MANIFEST as ARTIFACT_MANIFEST
 from pipeline.artifacts import FileRecord, payload_digest, read_artifact, without_passwords
 from pipeline.config import PipelineConfig
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.files import publish_folder, read_json, write_json
+from pipeline.files import link_or_copy, publish_folder, read_json, write_json
 from pipeline.graph import StagePlan, resume_points, step_of
 from pipeline.storage import DamagedError, Store
 from pipeline.tracking.tracker import tracking_uri
@@ -228,7 +227,7 @@ class RunStorage:
         """A folder of what is uploaded with a point, which does not change while training goes on."""
         snapshot = self._run_dir / ".sent" / point.name
         shutil.rmtree(snapshot, ignore_errors=True)
-        shutil.copytree(point, snapshot, copy_function=_link)
+        shutil.copytree(point, snapshot, copy_function=link_or_copy)
         (snapshot / "run").mkdir()
         for name in _RUN_FILES:  # these are appended to or replaced: small enough to copy
             if (self._run_dir / name).is_file():
@@ -267,11 +266,3 @@ class RunStorage:
         whole = sorted(name for name, is_whole in found.items() if is_whole and name <= snapshot.name)
         for name in found.keys() - set(whole[-_KEPT:]):  # later ones were damaged, too
             self._store.remove(f"{place}/{name}")
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link where the file system has them: a file of a resume point is never written to again."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from pipeline.artifacts import FileRecord
 from pipeline.errors import StorageError
 from pipeline.files import sha256, staging
-from pipeline.remote import open_filesystem, reason, retried
+from pipeline.remote import asked, open_filesystem, reason
 from pipeline.strict import Strict
 
 logger = logging.getLogger(__name__)
@@ -123,13 +123,7 @@ class Store:
 
     def _ask(self, action: Callable[[], T], place: str) -> T:
         """Raises FileNotFoundError for what is not there, StorageError for anything else."""
-        where = f"{self.url}/{place}".rstrip("/")
-        try:
-            return retried(action, where)
-        except (FileNotFoundError, StorageError):
-            raise
-        except Exception as error:  # every backend has its own
-            raise StorageError(f"{where}: {reason(error)}") from None
+        return asked(action, f"{self.url}/{place}".rstrip("/"))
 
     def _exists(self, place: str) -> bool:
         try:

@@ -42,7 +42,7 @@ class Config(StageConfig):
     samples_per_shard: int = Field(4096, ge=1)
     """At about 60 kB a crop, 250 MB a shard."""
     max_bad_fraction: Annotated[float, NotInFingerprint] = Field(0.01, ge=0, le=1)
-    """Share of people whose image can't be read at which the stage stops."""
+    """Share of malformed annotations, or of people whose image can't be read, above which the stage stops."""
     output: str | None = None
     """fsspec URL of a folder for the tars, below which each fingerprint has its own; unset: inside the artifact."""
     measured_people: int = Field(200, ge=0)

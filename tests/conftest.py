@@ -10,6 +10,7 @@ import pytest
 
 from tests.chain.running import TINY, succeeded, vitruvian
 from tests.mlflow_server import Server
+from tests.s3 import S3Server
 
 _OUTCOMES: dict[int, Counter[str]] = defaultdict(Counter)
 
@@ -68,3 +69,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = succeeded(vitruvian("run", str(TINY), f"workspace={workspace}"))
     (workspace / "stdout.txt").write_text(done.stdout)
     return workspace
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """An empty S3 with a bucket, for this process and those that it starts."""
+    server = S3Server()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()

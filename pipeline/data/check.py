@@ -1,5 +1,6 @@
 """Looks a dataset over before anything is trained on it: what is there, what is suspicious, what is missing."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +10,11 @@ from PIL import Image
 
 from pipeline.data.annotations import Annotations, Problem, read, read_detections
 from pipeline.data.definitions import DatasetSource, ResolvedFiles
-from pipeline.data.images import FORMATS, MAX_PIXELS
+from pipeline.data.images import FORMATS, MAX_PIXELS, read_bytes
 from pipeline.data.instance import Instance
 from pipeline.data.readers import files
 from pipeline.data.readers.records import ImageRecord, named
+from pipeline.errors import DataError
 
 MAX_ASPECT = 10.0
 """A box more elongated than this is suspicious."""
@@ -82,7 +84,8 @@ class CheckReport:
 def check(source: DatasetSource, root: str | Path) -> CheckReport:
     """Reads a split as training would, and looks at the headers of its images.
 
-    Pixels are not decoded. Raises what `read` and `read_detections` raise: ConfigError and DataError.
+    Pixels are not decoded. Raises what `read` and `read_detections` raise: ConfigError and DataError; StorageError
+    for a URL that can't be reached.
     """
     annotations = read(source, root)
     detections = len(read_detections(annotations)) if annotations.files.detections else None
@@ -192,13 +195,16 @@ def _oddities(instance: Instance) -> Iterator[tuple[str, str]]:
 def _image_fault(image: ImageRecord) -> tuple[str, str] | None:
     """Kind and description of what is wrong with an image file, by its header."""
     try:
-        with files.open_binary(image.path) as stream, Image.open(stream, formats=FORMATS) as picture:
+        source = io.BytesIO(read_bytes(image.path)) if files.is_url(image.path) else image.path
+        with Image.open(source, formats=FORMATS) as picture:
             width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width}x{height} pixels, the limit is {MAX_PIXELS}")
     except FileNotFoundError:
         return "image missing", "no such file"
-    except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
+    except DataError as error:  # of what lies behind a URL
+        return "image missing", str(error)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return "image unreadable", " ".join(str(error).split())
     if image.width is not None and (width, height) != (image.width, image.height):
         return "image size differs", f"{width} x {height}, annotated {image.width} x {image.height}"

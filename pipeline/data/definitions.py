@@ -237,7 +237,8 @@ def resolve(source: DatasetSource, root: str | Path) -> ResolvedFiles:
     """Finds a split's files below the data root.
 
     Detections and truth are None where the definition's places hold none. Raises ConfigError for a split that the
-    definition lacks, DataError that lists the places for anything else that is missing.
+    definition lacks, DataError that lists the places for anything else that is missing, StorageError for a URL that
+    can't be reached.
     """
     definition = load_definition(source.name)
     split = definition.splits.get(source.split)

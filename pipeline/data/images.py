@@ -7,11 +7,11 @@ import stat
 import warnings
 
 import cv2
-import fsspec
 import numpy as np
 from PIL import Image
 
 from pipeline.errors import DataError
+from pipeline.remote import read_url, read_within
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,6 @@ MAX_BYTES = 1 << 28
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
 _EXIF_ORIENTATION = 0x0112
 _JPEG_END = b"\xff\xd9"
-_PART = 1 << 26
 _PIXELS_A_BYTE = 1000
 """Of a JPEG: even a grey one of one colour needs a bit for each block of 64 pixels."""
 _RGB_BY_PIL = frozenset({"CMYK", "YCbCr", "LAB", "HSV"})
@@ -73,22 +72,20 @@ def encode_jpeg(image: np.ndarray, quality: int) -> bytes:
 def read_bytes(path_or_url: str, limit: int = MAX_BYTES) -> bytes:
     """All bytes of a local file or of an fsspec URL (`s3://`, `gs://`, `https://`, ...).
 
-    Raises DataError, also for more than `limit` bytes and for what is no ordinary file (a pipe would never end).
+    Raises DataError, also for more than `limit` bytes and for what is no ordinary file (a pipe would never end), and
+    StorageError if a URL can't be reached: that says nothing about the file.
     """
     source = str(path_or_url)
+    if "://" in source:
+        return read_url(source, limit)
     try:
-        if "://" not in source and not stat.S_ISREG(os.stat(source).st_mode):
+        if not stat.S_ISREG(os.stat(source).st_mode):
             raise OSError("no ordinary file")
-        with open(source, "rb") if "://" not in source else fsspec.open(source, "rb") as stream:
-            parts = []
-            while part := stream.read(_PART):  # read(limit) would take as much memory as that at once
-                parts.append(part)
-                if sum(map(len, parts)) > limit:
-                    raise OSError(f"more than {limit} bytes")
-            return b"".join(parts)
+        with open(source, "rb") as stream:
+            return read_within(stream, source, limit)
     except FileNotFoundError:
         raise DataError(f"{source}: no such file; check the dataset's image folder") from None
-    except Exception as error:  # noqa: BLE001 - every fsspec backend has its own network errors
+    except (OSError, ValueError) as error:
         raise DataError(f"{source}: can't be read: {error}") from None
 
 

@@ -14,9 +14,7 @@ noise, whose order is the mask.
 import contextlib
 import logging
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from typing import Any, Protocol
@@ -33,7 +31,8 @@ from pipeline.data.images import decode_stored
 from pipeline.data.order import PURPOSE_VIEW, Order, positions
 from pipeline.data.shard_index import SampleMeta
 from pipeline.data.shards import Sample, ShardSet
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, VitruvianError
+from pipeline.processes import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +235,20 @@ class Loader(DataLoader[Any]):
         super().__init__(dataset, num_workers=workers, pin_memory=torch.cuda.is_initialized(), **options)
 
     def __iter__(self) -> Any:
-        with _blocked(_STOP_SIGNALS) if self.num_workers else contextlib.nullcontext():
+        if not self.num_workers:
             return super().__iter__()
+        with _blocked(_STOP_SIGNALS):
+            batches = super().__iter__()
+        return _with_plain_errors(batches)
+
+
+def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches. An error of the user's that a worker raised is as it was there: PyTorch puts its traceback into it."""
+    try:
+        yield from batches
+    except VitruvianError as error:
+        kind = type(error)
+        raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
 
 
 @contextlib.contextmanager
@@ -258,20 +269,8 @@ def _context() -> Any:
 
 
 def _start_worker(_: int) -> None:
-    threading.Thread(target=_leave_with_the_rank, daemon=True).start()
+    end_with_parent()
     for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-
-
-def _leave_with_the_rank() -> None:
-    """Ends a worker whose rank is gone, killed or left by `os._exit`.
-
-    PyTorch watches the process that forked the worker, which is the fork server; and that one lives on as long as a
-    worker does. Without this both would stay behind for good.
-    """
-    rank = multiprocessing.parent_process()
-    assert rank is not None
-    rank.join()
-    os._exit(0)

@@ -6,7 +6,6 @@ the work; a killed run makes only the shards that have none.
 
 import hashlib
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -26,13 +25,19 @@ from pipeline.data.crops import CropConfig, crop_instance, lost_share, sample_me
 from pipeline.data.definitions import DatasetDefinition, DatasetSource
 from pipeline.data.images import decode_image, encode_jpeg, read_bytes
 from pipeline.data.instance import Instance
+from pipeline.data.readers.records import MALFORMED
 from pipeline.data.shard_index import index_path
 from pipeline.data.shards import shard_name, write_shard
 from pipeline.errors import DataError
-from pipeline.files import read_json, write_json
+from pipeline.files import link_or_copy, read_json, write_json, write_text
+from pipeline.processes import end_with_parent
 from pipeline.progress import progress
 
 logger = logging.getLogger(__name__)
+
+LEFT_OUT = "left_out.txt"
+"""A file of the work: every annotation that was not used, and why."""
+_TOLD = 20
 
 
 @dataclass
@@ -111,17 +116,18 @@ def make_shards(
 
     part: (I, N) makes only every N-th shard from number I on, beside other processes that make the others, and leaves
     summing up to a later call without it: the report then holds no shards.
-    Raises DataError where more than `max_bad_fraction` of the people, or of the images of `exclude`, can't be read; each
-    is named in the log.
+    Raises DataError where more than `max_bad_fraction` of a source's annotations are malformed, or of the people, or of
+    the images of `exclude`, can't be read. These are named in the log, annotations in `LEFT_OUT` of the work. Raises
+    StorageError for a URL that can't be reached, which leaves nobody out: a later call goes on.
     """
     work.mkdir(parents=True, exist_ok=True)
     read_sources = [read(source, root) for source in sources]
     definitions = {annotations.definition.name: annotations.definition for annotations in read_sources}
     licences = [f"{d.name}: {text}" for d in definitions.values() for text in (d.licence.annotations, d.licence.images)]
     report = ShardsReport(output or "shards", crop, definitions, sorted(set(licences)))
+    report.problems = _tell_problems(read_sources, work / LEFT_OUT)
     for annotations in read_sources:
-        _tell_problems(annotations)
-        report.problems += sum(problem.dropped for problem in annotations.problems)
+        _require_wellformed(annotations, max_bad_fraction, work / LEFT_OUT)
     people = [
         (instance, annotations.source.split) for annotations in read_sources for instance in _wanted(annotations, crop)
     ]
@@ -187,7 +193,7 @@ def write_description(work: Path, staged: Path, report: ShardsReport) -> None:
         (staged / "shards").mkdir()
         for name in report.shards:
             # A link, not a move: a run that is killed while it publishes still has them.
-            os.link(work / "shards" / name, staged / "shards" / name)
+            link_or_copy(work / "shards" / name, staged / "shards" / name)
     description = ShardsDescription(
         base=report.base,
         shards=report.shards,
@@ -207,9 +213,27 @@ def _wanted(annotations: Annotations, crop: CropConfig) -> list[Instance]:
     return list({instance.image: instance for instance in reversed(annotations.instances)}.values())[::-1]
 
 
-def _tell_problems(annotations: Annotations) -> None:
-    for problem in [problem for problem in annotations.problems if problem.dropped][:20]:
-        logger.warning("left out: %s: %s", problem.where, problem.what)
+def _tell_problems(sources: list[Annotations], file: Path) -> int:
+    """Writes down every annotation that was left out, and why, and logs the first of each source; how many they are."""
+    lines: list[str] = []
+    for annotations in sources:
+        told = [f"{problem.where}: {problem.what}" for problem in annotations.problems if problem.dropped]
+        for line in told[:_TOLD]:
+            logger.warning("left out: %s", line)
+        lines += told
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    if lines:
+        logger.warning("left out: %d annotations in all, each named in %s", len(lines), file)
+    return len(lines)
+
+
+def _require_wellformed(annotations: Annotations, max_bad_fraction: float, file: Path) -> None:
+    broken = {problem.where for problem in annotations.problems if problem.dropped and problem.kind in MALFORMED}
+    if len(broken) > max_bad_fraction * annotations.records:
+        raise DataError(
+            f"{annotations.files.annotations}: {len(broken)} of {annotations.records} annotations are malformed, more "
+            f"than max_bad_fraction {max_bad_fraction}; they are named in {file}"
+        )
 
 
 def _excluded_digests(
@@ -267,6 +291,7 @@ def _sum_up(report: ShardsReport, tasks: list[_Task]) -> None:
 
 
 def _start_worker() -> None:
+    end_with_parent()
     cv2.setNumThreads(1)
 
 

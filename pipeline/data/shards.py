@@ -23,9 +23,9 @@ from webdataset.writer import TarWriter
 from pipeline.data.cache import SampleCache
 from pipeline.data.images import read_bytes
 from pipeline.data.shard_index import COLUMNS, KEY_LENGTH, SampleMeta, ShardIndex, index_path
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.files import fsync_directory
-from pipeline.remote import fetch_ranges, open_filesystem, retried
+from pipeline.remote import asked, fetch_ranges, open_filesystem, reason
 
 _KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LENGTH}}}")
 _META = TypeAdapter(SampleMeta)
@@ -123,14 +123,20 @@ class ShardSet:
         return len(self.dataset_of)
 
     def read(self, index: int) -> Sample:
-        """One sample, its digests checked. Raises DataError naming shard and key if it is not as it was written."""
+        """One sample, its digests checked. Raises DataError naming shard and key if it is not as it was written.
+
+        Raises StorageError as `read_many` does.
+        """
         sample = self.read_many([index])[0]
         if isinstance(sample, DataError):
             raise sample
         return sample
 
     def read_many(self, indices: Sequence[int]) -> list[Sample | DataError]:
-        """Several samples, from a remote store concurrently. A broken one is a DataError in its place."""
+        """Several samples, from a remote store concurrently. A broken one is a DataError in its place.
+
+        Raises StorageError if the store can't be reached: no sample is broken by that.
+        """
         if any(not 0 <= index < len(self) for index in indices):
             raise IndexError(f"indices {list(indices)} of {len(self)} samples")
         found = {index: sample for index in indices if (sample := self._cached(index)) is not None}
@@ -160,7 +166,8 @@ class ShardSet:
         if not self._remote:
             return sorted(path.name for path in Path(self.base).glob("shard-*.tar"))
         filesystem, root = open_filesystem(self.base)
-        return sorted(Path(name).name for name in filesystem.glob(f"{root}/shard-*.tar"))
+        found = asked(lambda: filesystem.glob(f"{root}/shard-*.tar"), self.base)
+        return sorted(Path(name).name for name in found)
 
     def _path(self, name: str) -> str:
         return f"{self.base}/{name}"
@@ -307,6 +314,9 @@ def _write_remote(target: str, write: Callable[[BinaryIO], None], indexed: Calla
         with local.open("wb") as stream:
             write(stream)
         index = indexed(local)
-        retried(lambda: filesystem.put_file(str(local), place), target)
-        retried(lambda: filesystem.pipe_file(index_path(place), index.to_bytes()), target)
+        try:
+            asked(lambda: filesystem.put_file(str(local), place), target)
+            asked(lambda: filesystem.pipe_file(index_path(place), index.to_bytes()), target)
+        except FileNotFoundError as error:
+            raise StorageError(f"{target}: can't be written: {reason(error)}") from None
     return index

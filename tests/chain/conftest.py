@@ -1,13 +1,12 @@
 """What the tests of the chain start from."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.chain.running import only_run
-from tests.s3 import S3Server
 
 Copy = Callable[..., Path]
 
@@ -24,16 +23,3 @@ def without(finished: Path, tmp_path: Path) -> Copy:
         return workspace
 
     return copy
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """An empty S3 with a bucket, for this process and those that it starts."""
-    server = S3Server()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()

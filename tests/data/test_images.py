@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.images import decode_image, decode_stored, encode_jpeg, read_bytes
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 
 
 def picture(height: int = 40, width: int = 60) -> np.ndarray:
@@ -137,9 +137,11 @@ def test_bytes_come_from_folders_and_urls_alike(tmp_path: Path) -> None:
     assert read_bytes(f"file://{tmp_path}/a.bin") == b"local"
     fsspec.filesystem("memory").pipe("/images/a.bin", b"remote")
     assert read_bytes("memory://images/a.bin") == b"remote"
-    for missing in (str(tmp_path / "b.bin"), "memory://images/b.bin", "nosuchprotocol://x/y"):
+    for missing in (str(tmp_path / "b.bin"), "memory://images/b.bin"):
         with pytest.raises(DataError, match=missing):
             read_bytes(missing)
+    with pytest.raises(ConfigError, match="nosuchprotocol://x/y"):
+        read_bytes("nosuchprotocol://x/y")
 
 
 def test_real_images_have_their_annotated_sizes(samples: Path) -> None:

@@ -1,6 +1,7 @@
 """Batches: their content, and that nothing about them depends on who makes them or from where."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 from multiprocessing import forkserver
@@ -12,15 +13,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import Dataset
 
 from pipeline.data.augmentation import PoseAugmentation
 from pipeline.data.definitions import load_definition
 from pipeline.data.images import encode_jpeg
-from pipeline.data.loader import MaeView, PoseView, TrainSet, make_loader
+from pipeline.data.loader import Loader, MaeView, PoseView, TrainSet, make_loader
 from pipeline.data.order import Order
 from pipeline.data.shard_index import ShardIndex, index_path
 from pipeline.data.shards import ShardSet, shard_name, write_shard
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 
 DEFINITIONS = {name: load_definition(name) for name in ("coco", "mpii", "crowdpose")}
 NAMES = sorted(DEFINITIONS)
@@ -129,11 +131,31 @@ def test_worker_processes_change_nothing_and_do_not_touch_the_global_generator(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class OutOfReach(Dataset[Any]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        raise StorageError("s3://bucket: refused: twice: an outage")
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_the_line_that_it_was(workers: int) -> None:
+    told = ""
+    try:
+        list(Loader(OutOfReach(), workers))
+    except StorageError as error:  # and no longer kept than told: with it the workers go
+        told = str(error)
+    assert told == "s3://bucket: refused: twice: an outage"
+
+
 def test_workers_outlive_the_stop_signals(folder: Path) -> None:
     data = train_set(folder)
     loader = alone(data, 4, steps=60, workers=1)
+    before = set(multiprocessing.active_children())
     batches = iter(loader)
-    (worker,) = batches._workers
+    (worker,) = set(multiprocessing.active_children()) - before
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(worker.pid, number)
         os.kill(forkserver._forkserver._forkserver_pid, number)

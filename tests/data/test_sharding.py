@@ -1,6 +1,8 @@
 """From raw datasets to shards: what goes in, what is left out, and that the same input makes the same bytes."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,52 @@ def test_an_artifact_opens_and_refuses_a_larger_input(root: Path, tmp_path: Path
     assert {collection.shards.read(i).meta["id"] for i in range(12)} == set(range(1, 13))
     with pytest.raises(ArtifactError, match="stored for inputs up to 64x48, this stage needs 128x96"):
         open_shards(artifact, needs=(128, 96))
+
+
+def _spoil(root: Path, count: int, first: int = 1000, **fields: Any) -> Path:
+    """Adds annotations of one image."""
+    file = root / "coco" / "annotations" / "person_keypoints_train2017.json"
+    content = json.loads(file.read_text())
+    person = content["annotations"][0]
+    content["annotations"] += [{**person, "id": first + number, **fields} for number in range(count)]
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.fault(23)
+def test_every_annotation_that_is_left_out_is_written_down(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _spoil(root, 30, num_keypoints=0)  # CrowdPose's people who do not count, and no fault
+    _spoil(root, 30, first=2000, iscrowd=1)
+    report = _make(tmp_path / "work", root, max_bad_fraction=0)
+    file = tmp_path / "work" / "left_out.txt"
+    lines = file.read_text().splitlines()
+    assert len(lines) == report.problems == 30
+    assert all(f"annotation {1000 + number} (image 0): num_keypoints 0" in line for number, line in enumerate(lines))
+    assert f"30 annotations in all, each named in {file}" in caplog.text
+
+
+@pytest.mark.fault(23)
+def test_too_many_malformed_annotations_stop_the_stage(root: Path, tmp_path: Path) -> None:
+    file = _spoil(root, 2, keypoints=[1, 2, 2])
+    assert _make(tmp_path / "a", root, max_bad_fraction=2 / 14).problems == 2
+    told = rf"^{file}: 2 of 14 annotations are malformed, more than max_bad_fraction 0.1; they are named in .*left_out.txt$"
+    with pytest.raises(DataError, match=told):
+        _make(tmp_path / "b", root, max_bad_fraction=0.1)
+    assert len((tmp_path / "b" / "left_out.txt").read_text().splitlines()) == 2
+
+
+def test_a_file_system_without_hard_links_gets_copies(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = _make(tmp_path / "work", root, samples_per_shard=100)
+    staged = tmp_path / "staged"
+    staged.mkdir()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_description(tmp_path / "work", staged, report)
+    assert _bytes(staged).items() <= _bytes(tmp_path / "work").items() and _bytes(staged)

@@ -6,15 +6,15 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import fsspec
-from fsspec.core import url_to_fs
+from typing import Any
 
 from pipeline.errors import DataError
+from pipeline.remote import asked, info, open_filesystem, read_url
 
+MAX_BYTES = 1 << 33
+"""Of a remote annotation file: those of millions of people are a few gigabytes."""
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -42,13 +42,22 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def is_file(path: str) -> bool:
-    """True where a file is. Raises DataError if the place can't be reached."""
-    return _ask(path, "isfile") if is_url(path) else os.path.isfile(path)
+    """True where a file is. Raises StorageError if the place can't be reached."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    found = info(path)
+    return found is not None and found["type"] == "file"
 
 
 def is_folder(path: str) -> bool:
-    """True where a folder is. Raises DataError if the place can't be reached."""
-    return _ask(path, "isdir") if is_url(path) else os.path.isdir(path)
+    """True where a folder is. Raises StorageError if the place can't be reached."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    found = info(path)
+    if found is None or found["type"] == "directory":
+        return found is not None
+    filesystem, inner = open_filesystem(path)  # a page of links is a file, too
+    return asked(lambda: filesystem.isdir(inner), path)
 
 
 def is_image_folder(path: str) -> bool:
@@ -59,17 +68,13 @@ def is_image_folder(path: str) -> bool:
         return any(entry.name.lower().endswith(IMAGE_ENDINGS) for entry in entries)
 
 
-def open_binary(path: str) -> AbstractContextManager[BinaryIO]:
-    """A file to read from. Raises what the file system raises: OSError, for a URL also ValueError and ImportError."""
-    return fsspec.open(path, "rb") if is_url(path) else Path(path).open("rb")
-
-
 def read_bytes(path: str) -> bytes:
-    """The content of a file. Raises DataError if it can't be read."""
+    """The content of a file. Raises DataError if it can't be read, StorageError if a URL can't be reached."""
+    if is_url(path):
+        return read_url(path, MAX_BYTES)
     try:
-        with open_binary(path) as stream:
-            return stream.read()
-    except (OSError, ValueError, ImportError) as error:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: can't be read: {error}") from None
 
 
@@ -113,11 +118,3 @@ def first_found(what: str, places: Sequence[str], found: Callable[[str], bool], 
             return place
     looked = "".join(f"\n  {place}" for place in places) or " nowhere: the definition names no place"
     raise DataError(f"{what} not found; {hint}. Looked at:{looked}")
-
-
-def _ask(path: str, question: str) -> bool:
-    try:
-        system, inner = url_to_fs(path)
-        return bool(getattr(system, question)(inner))
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"{path}: can't be reached: {error}") from None

@@ -10,6 +10,18 @@ from pipeline.data.instance import Instance
 LARGEST = 1e6
 """Pixels: no image has a side as long, and no coordinate in one is as large."""
 
+MALFORMED = frozenset(
+    {
+        "mistyped record",
+        "wrong keypoint count",
+        "visibility not 0 or 1",
+        "visibility not 0, 1 or 2",
+        "visibility not 1, 2 or 3",
+        "box not finite",
+    }
+)
+"""Kinds of problems that no intact file has. Of the others, some records of the published files are dropped, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
