@@ -22,6 +22,7 @@ from pipeline.tracking.tracker import Tracker
 from stages import module_of
 
 if TYPE_CHECKING:
+    from pipeline.distributed import World
     from pipeline.heartbeat import Heartbeat
     from pipeline.stopping import StopRequest
 
@@ -37,14 +38,19 @@ class _Records:
     storage: RunStorage | None
 
 
-def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str]) -> int:
-    """Runs a stage on this rank and gives the exit code; rank 0 holds the run directory. Raises the user's errors."""
+def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], *, fresh: bool = False) -> int:
+    """Runs a stage on this rank and gives the exit code; rank 0 holds the run directory. Raises the user's errors.
+
+    fresh: an existing run directory is set aside first.
+    """
     from pipeline.distributed import broadcast_object, leave_process_group, world_from_environment
 
     assert stage.run_dir is not None
     distributed = type(stage.config).distributed
-    require_writable(stage.run_dir)
     world = world_from_environment(pipeline.runtime)
+    if fresh:
+        _start_over(pipeline, stage, world)
+    require_writable(stage.run_dir)
     setup_logging(world.rank, stage.run_dir)
     with held(stage.run_dir) if world.is_main else nullcontext():
         stop, heartbeat = _signs(pipeline, stage.run_dir, world.rank, distributed)
@@ -58,7 +64,7 @@ def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str]) ->
         tracker = Tracker(pipeline, where, stage.name, tags, stage.parameters, stage.datasets)
         records = _Records(Status(stage.run_dir, world.is_main), tracker, storage)
         try:
-            if distributed:
+            if distributed and not fresh:
                 from pipeline.process_group import start_process_group
 
                 start_process_group(world, heartbeat.limit)
@@ -101,6 +107,51 @@ def execute_part(pipeline: PipelineConfig, stage: StagePlan, part: tuple[int, in
     return EXIT_DONE
 
 
+def _start_over(pipeline: PipelineConfig, stage: StagePlan, world: "World") -> None:
+    """Sets the old run aside before any rank touches its directory. Collective, and starts the process group, where
+    ranks train together: nothing else tells the others reliably that rank 0 has moved it.
+
+    Raises on every rank what keeps rank 0 from it: ConfigError that says who holds the directory, or StorageError.
+    """
+    from pipeline.distributed import broadcast_object, leave_process_group
+
+    if type(stage.config).distributed:
+        from pipeline.process_group import start_process_group
+
+        start_process_group(world, _patience(pipeline))
+    problem = None
+    if world.is_main:
+        try:
+            _set_aside(pipeline, stage)
+        except VitruvianError as error:
+            problem = error
+    problem = broadcast_object(problem)
+    if problem is not None:
+        leave_process_group()
+        raise problem
+
+
+def _set_aside(pipeline: PipelineConfig, stage: StagePlan) -> None:
+    """Renames an existing run directory, here and in the storage, so that the stage starts over and nothing is lost."""
+    run_dir = stage.run_dir
+    assert run_dir is not None
+    existed = run_dir.exists()
+    require_writable(run_dir)
+    with held(run_dir):
+        if storage := RunStorage.of(pipeline, stage):
+            storage.set_aside()
+        if existed:
+            count = len(list(run_dir.parent.glob(f"{run_dir.name}.old-*")))
+            run_dir.rename(run_dir.with_name(f"{run_dir.name}.old-{count + 1}"))
+            logger.info("%s: the old run was moved to %s.old-%d", stage.name, run_dir, count + 1)
+
+
+def _patience(pipeline: PipelineConfig) -> float | None:
+    """Seconds that a rank of a training stage may be silent; None for ever."""
+    minutes = pipeline.runtime.hang_minutes
+    return minutes and minutes * 60
+
+
 def _signs(
     pipeline: PipelineConfig, run_dir: Path, rank: int, distributed: bool
 ) -> "tuple[StopRequest | None, Heartbeat]":
@@ -109,8 +160,8 @@ def _signs(
     from pipeline.stopping import StopRequest, stop_at_once
 
     if distributed:
-        stop, minutes = StopRequest(run_dir), pipeline.runtime.hang_minutes
-        heartbeat = Heartbeat(run_dir, rank, minutes and minutes * 60, orphaned=stop.ask)
+        stop = StopRequest(run_dir)
+        heartbeat = Heartbeat(run_dir, rank, _patience(pipeline), orphaned=stop.ask)
     else:
         stop_at_once()
         stop, heartbeat = None, Heartbeat(run_dir, rank, None, lambda: os.kill(os.getpid(), signal.SIGTERM))
