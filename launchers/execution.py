@@ -13,9 +13,10 @@ from launchers.storage import take_over
 from pipeline import graph
 from pipeline.config import PipelineConfig
 from pipeline.context import Context
-from pipeline.errors import EXIT_DONE, EXIT_FAILURE, Stopped, VitruvianError
+from pipeline.errors import EXIT_DONE, EXIT_FAILURE, StopNow, Stopped, VitruvianError
 from pipeline.files import require_writable
 from pipeline.graph import StagePlan
+from pipeline.heartbeat import STOP_FILE, Heartbeat
 from pipeline.run_storage import RunStorage
 from pipeline.status import Status, held, held_part
 from pipeline.tracking.tracker import Tracker
@@ -23,7 +24,6 @@ from stages import module_of
 
 if TYPE_CHECKING:
     from pipeline.distributed import World
-    from pipeline.heartbeat import Heartbeat
     from pipeline.stopping import StopRequest
 
 logger = logging.getLogger("vitruvian")
@@ -53,11 +53,12 @@ def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], *,
     require_writable(stage.run_dir)
     setup_logging(world.rank, stage.run_dir)
     with held(stage.run_dir) if world.is_main else nullcontext():
+        if world.is_main:
+            (stage.run_dir / STOP_FILE).unlink(missing_ok=True)  # of an earlier run
         stop, heartbeat = _signs(pipeline, stage.run_dir, world.rank, distributed)
         storage = RunStorage.of(pipeline, stage) if world.is_main else None
         if world.is_main:
             graph.record_identity(stage)
-            (stage.run_dir / "STOP").unlink(missing_ok=True)
         if storage is not None:
             stage = take_over(pipeline, stage, storage)
         where = stage.run_dir if world.is_main else None
@@ -80,6 +81,7 @@ def execute(pipeline: PipelineConfig, stage: StagePlan, tags: dict[str, str], *,
             context = Context(pipeline, stage, world, tracker, records.status, stop, heartbeat, storage=storage)
             module_of(stage.config.kind).run(context, stage.config)
         except BaseException as error:
+            heartbeat.stop()  # no request interrupts what records the end
             return _ended_badly(stage, records, error)
         finally:
             heartbeat.stop()
@@ -103,7 +105,10 @@ def execute_part(pipeline: PipelineConfig, stage: StagePlan, part: tuple[int, in
         tracker, status = Tracker(pipeline, None, stage.name, {}, {}, []), Status(stage.run_dir, writes=False)
         world = world_from_environment(pipeline.runtime)
         context = Context(pipeline, stage, world, tracker, status, stop, heartbeat, part=part)
-        module_of(stage.config.kind).run(context, stage.config)
+        try:
+            module_of(stage.config.kind).run(context, stage.config)
+        finally:
+            heartbeat.stop()
     return EXIT_DONE
 
 
@@ -156,15 +161,15 @@ def _signs(
     pipeline: PipelineConfig, run_dir: Path, rank: int, distributed: bool
 ) -> "tuple[StopRequest | None, Heartbeat]":
     """How a stage is told to stop, and how it tells that it lives: ranks stop together, a process alone at once."""
-    from pipeline.heartbeat import Heartbeat
     from pipeline.stopping import StopRequest, stop_at_once
 
     if distributed:
         stop = StopRequest(run_dir)
-        heartbeat = Heartbeat(run_dir, rank, _patience(pipeline), orphaned=stop.ask)
+        heartbeat = Heartbeat(run_dir, rank, _patience(pipeline), leave=stop.ask)
     else:
         stop_at_once()
-        stop, heartbeat = None, Heartbeat(run_dir, rank, None, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop = None
+        heartbeat = Heartbeat(run_dir, rank, None, leave=lambda: os.kill(os.getpid(), signal.SIGTERM), looks=True)
     heartbeat.start("started")
     return stop, heartbeat
 
@@ -176,6 +181,8 @@ def _ended_badly(stage: StagePlan, records: _Records, error: BaseException) -> i
     interrupted = isinstance(error, KeyboardInterrupt)
     if interrupted:
         error = Stopped("interrupted; the same command goes on from the last resume point")
+    elif isinstance(error, StopNow):
+        error = Stopped(str(error))
     stopped = isinstance(error, Stopped)
     code = error.exit_code if isinstance(error, VitruvianError) else EXIT_FAILURE
     try:

@@ -19,7 +19,16 @@ from launchers.inputs import rank, ready
 from launchers.slurm_script import take_ranks
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
-from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ConfigError, Stopped, VitruvianError
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    EXIT_USER,
+    ConfigError,
+    StopNow,
+    Stopped,
+    VitruvianError,
+)
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.tracker import sync
 from stages import KINDS
@@ -87,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         if rank() == 0 or error.exit_code != EXIT_USER:
             logger.error("%s: %s", "stopped" if isinstance(error, Stopped) else "error", error)
         return error.exit_code
+    except StopNow as request:
+        logger.error("stopped: %s", request)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return EXIT_FAILURE
     except Exception:  # told here, as an interpreter that ends by itself would wait for data workers for ever

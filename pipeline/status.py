@@ -52,6 +52,16 @@ def held(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def holder(run_dir: Path) -> int | None:
+    """The process of this machine that holds a run directory, or was the last to hold it; None where none was."""
+    try:
+        words = (run_dir / "lock").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    here = len(words) == 4 and words[0] == "process" and words[3] == socket.gethostname()
+    return int(words[1]) if here and words[1].isdecimal() else None
+
+
 @contextmanager
 def held_part(run_dir: Path, part: tuple[int, int]) -> Iterator[None]:
     """Holds part I of N of a run directory's work, beside the holders of other parts; nobody holds the whole meanwhile.

@@ -4,6 +4,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError, VitruvianError
 from pipeline.graph import StagePlan
 from pipeline.status import held, held_part
 from stages import KINDS
+from tests.faults.fixtures import raw_coco
 
 SCRIPT = Path(run_stage.__file__).resolve()
 MAE: dict[str, Any] = {
@@ -189,7 +191,7 @@ def test_a_damaged_artifact_is_named_and_fresh_gets_past_it(
         ["--stage", "mae", "--config", file, "--fresh", "tracking.uri=null", "runtime.hang_minutes=null"]
     )
     said = capsys.readouterr().err
-    assert code == 0 and f"the old run was moved to {done.run_dir}.old-1" in said
+    assert code == 0 and f"the old run was moved to {done.run_dir}.old-1" in said, said
     assert "mae: starts, asked for with --fresh" in said and not (done.run_dir / "artifact").exists()
     assert (done.run_dir.with_name(f"{done.run_dir.name}.old-1") / "artifact" / "payload").is_file()
 
@@ -204,6 +206,37 @@ def test_fresh_leaves_a_run_that_another_process_holds_alone(capsys: pytest.Capt
         assert code == 2 and f"{run_dir}: is being run by process {os.getpid()} on " in line
         assert [path.name for path in run_dir.iterdir()] == ["lock"]
     assert [path.name for path in run_dir.parent.iterdir()] == [run_dir.name]
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("part", [(), ("--part", "0/2")])
+def test_a_stop_file_ends_a_stage_that_does_not_train_and_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[str, ...]
+) -> None:
+    """The stage is busy with images, where errors are caught. A file of an earlier request is no request."""
+    stage = {"kind": "shards", "inputs": {"data": str(raw_coco(tmp_path / "raw"))}, "datasets": ["coco"]}
+    Path("s.yaml").write_text(yaml.safe_dump({"name": "trial", "tracking": {"uri": None}, "stages": {"shards": stage}}))
+    arguments = ["--stage", "shards", "--config", "s.yaml", "runtime.workers=1", *part]
+    run_dir = plan("s.yaml", "shards").run_dir
+    run_dir.mkdir(parents=True)
+    (run_dir / "STOP").touch()
+
+    def busy(context: Any, config: Any) -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                time.sleep(1.5)
+                (run_dir / "STOP").touch()
+            except Exception:
+                continue
+
+    with monkeypatch.context() as changed:
+        changed.setattr(execution, "module_of", lambda kind: SimpleNamespace(run=busy))
+        assert run_stage.main(arguments) == 75
+    assert "stopped on request; the same command goes on with what is missing" in capsys.readouterr().err
+    if not part:  # parts record nothing
+        assert status.read_status(run_dir)["exit_code"] == 75
+        assert run_stage.main(arguments) == 0 and (run_dir / "artifact").exists()
 
 
 @pytest.mark.fault(10)
