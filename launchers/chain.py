@@ -29,17 +29,25 @@ _LOOK_SECONDS = 1.0
 
 
 def choose(config: PipelineConfig, start: str | None, until: str | None, only: str | None) -> list[str]:
-    """Stage names to run, parents first. Raises ConfigError for unknown names."""
+    """Stage names to run, parents first. Raises ConfigError for unknown names, and for options that leave no stage."""
     for option, name in {"--from": start, "--until": until, "--only": only}.items():
         if name is not None and name not in config.stages:
             raise ConfigError(f"{option}: no stage {name!r}{did_you_mean(name, list(config.stages))}")
     if only is not None:
+        if start is not None or until is not None:
+            raise ConfigError(f"--only {only} is one stage: leave out --from and --until, or --only")
         return [only]
     chosen = graph.order(config)
     if until is not None:
         chosen = [*graph.ancestors(config, until), until]
     if start is not None:
-        chosen = [name for name in chosen if name == start or start in graph.ancestors(config, name)]
+        later = [name for name in graph.order(config) if name == start or start in graph.ancestors(config, name)]
+        chosen = [name for name in chosen if name in later]
+        if not chosen:
+            raise ConfigError(
+                f"--from {start} --until {until}: {until} does not need {start}, so nothing would run; end at one of "
+                f"{', '.join(later)}, or leave out --from"
+            )
     return chosen
 
 

@@ -115,6 +115,34 @@ def test_stages_are_chosen_from_until_and_only(demo: PipelineConfig) -> None:
         chain.choose(demo, None, None, "none")
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--from", "token", "--until", "mae"],
+            "--from token --until mae: mae does not need token, so nothing would run; end at one of token, distill, "
+            "evaluate, or leave out --from",
+        ),
+        (
+            ["--from", "token", "--until", "student_alone"],
+            "--from token --until student_alone: student_alone does not need token",
+        ),
+        (["--only", "mae", "--from", "mae"], "--only mae is one stage: leave out --from and --until, or --only"),
+        (["--only", "mae", "--until", "token"], "--only mae is one stage: leave out --from and --until, or --only"),
+    ],
+)
+def test_options_that_contradict_each_other_are_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    said: str,
+    dry: tuple[str, ...],
+) -> None:
+    code, out, [line] = call(capsys, monkeypatch, "run", "demo", *options, *dry)
+    assert code == 2 and out == "" and line.startswith(f"error: {said}")
+
+
 def test_a_stage_runs_in_a_process_of_its_own(demo: PipelineConfig) -> None:
     alone = demo.model_copy(update={"runtime": demo.runtime.model_copy(update={"processes": 1})})
     expected = [sys.executable, "-m", "launchers.run_stage", "--stage", "mae", "--config", "demo", "seed=1"]
