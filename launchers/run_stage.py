@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             if rank() == 0:
                 from launchers.dry_run import print_dry_run
 
-                print_dry_run(pipeline, [options.stage])
+                print_dry_run(pipeline, [options.stage], fresh=options.fresh)
             return EXIT_DONE
         if options.part is not None:
             return run_part(pipeline, options.stage, options.config, options.overrides, options.part)
