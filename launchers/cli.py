@@ -57,7 +57,8 @@ def run(
     if dry_run:
         from launchers.dry_run import print_dry_run
 
-        print_dry_run(config, chosen)
+        _refuse_json(as_json)
+        print_dry_run(config, chosen, fresh=fresh)
         return
     chain.run_stages(config, chosen, [pipeline, *(overrides or [])], fresh)
     _show_results(config, chosen, as_json)
@@ -97,6 +98,7 @@ def reproduce(
         raise ConfigError("name a row, such as table5/window_shift; vitruvian reproduce --list has them all")
     reproduction = reproducing.resolve(row, overrides or [], weights, weights_format)
     if dry_run:
+        _refuse_json(as_json)
         reproducing.print_dry_run(reproduction)
         return
     path = reproducing.reproduce(reproduction, chain.run_stages, weights=weights, skip_check=skip_check)
@@ -182,6 +184,11 @@ def data_check(
 
     source = DatasetSource(name=dataset, split=split, annotations=annotations, images=images)
     print_report(check(source, root), as_json)
+
+
+def _refuse_json(as_json: bool) -> None:
+    if as_json:
+        raise ConfigError("--json: --dry-run prints tables alone; leave one of them out (vitruvian status has --json)")
 
 
 def _status_row(stage: StagePlan) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 
+from launchers import chain
 from launchers.console import table
 from pipeline import graph
 from pipeline.config import PipelineConfig
@@ -25,14 +26,19 @@ from pipeline.recipe import TrainingConfig, split_batch
 
 ZERO_STAGES = (1, 2, 3)
 GPUS = 8
-"""Of a machine that one looks for, where the configuration has one process."""
+"""Of a machine that one looks for, where there would be one process."""
 
 
-def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> None:
-    """Three tables: what would happen to each stage, the memory of each model under ZeRO, and what the model costs."""
-    plans = graph.plan(pipeline, only)
+def print_dry_run(pipeline: PipelineConfig, chosen: list[str] | None = None, *, fresh: bool = False) -> None:
+    """Three tables: what would happen to each stage, the memory of each model under ZeRO, and what the model costs.
+
+    They have the chosen stages, all unless given, and those that these need, which the title names. fresh: the chosen
+    start over.
+    """
+    plans = graph.plan(pipeline, chosen, fresh=fresh)
+    others = ", ".join(name for name in plans if chosen and name not in chosen)
     table(
-        f"{pipeline.name}: what would run",
+        f"{pipeline.name}: what would run{f' (needed, but not chosen: {others})' if others else ''}",
         ["stage", "kind", "next", "reason", "run directory"],
         [
             [p.name, p.config.kind, p.state, p.reason, str(p.run_dir or "known when its inputs are")]
@@ -42,7 +48,7 @@ def print_dry_run(pipeline: PipelineConfig, only: list[str] | None = None) -> No
     models = [_Model.of(pipeline, plan) for plan in plans.values() if isinstance(plan.config, TrainingConfig)]
     if not models:
         return
-    processes = pipeline.runtime.processes or 1
+    processes = chain.processes(pipeline)
     sharing = processes if processes > 1 else GPUS  # alone, a process shares nothing
     table(
         f"memory per process with {sharing} processes ({pipeline.engine.precision})",

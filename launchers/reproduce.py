@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from launchers import chain
 from launchers.console import table
 from pipeline import graph
 from pipeline.artifacts import Artifact
@@ -116,7 +117,7 @@ def print_dry_run(reproduction: Reproduction) -> None:
 
     for job in (reproduction.check, reproduction.job):
         if job is not None:
-            dry_run.print_dry_run(job.pipeline, [EVALUATION])
+            dry_run.print_dry_run(job.pipeline, job.chosen)
 
 
 def reproduce(reproduction: Reproduction, run_stages: RunStages, *, weights: Path | None, skip_check: bool) -> Path:
@@ -256,7 +257,7 @@ def _hardware(pipeline: PipelineConfig) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "gpus": gpus,
-        "processes": pipeline.runtime.processes or max(1, len(gpus)),
+        "processes": chain.processes(pipeline),
         "zero_stage": pipeline.engine.zero_stage,
         "precision": pipeline.engine.precision,
     }

@@ -19,8 +19,16 @@ from launchers.inputs import rank, ready
 from launchers.slurm_script import take_ranks
 from pipeline.config import PipelineConfig
 from pipeline.config_file import did_you_mean, load_pipeline
-from pipeline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER, ConfigError, Stopped, VitruvianError
-from pipeline.graph import StagePlan
+from pipeline.errors import (
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_STOPPED,
+    EXIT_USER,
+    ConfigError,
+    StopNow,
+    Stopped,
+    VitruvianError,
+)
 from pipeline.run_storage import RunStorage
 from pipeline.tracking.tracker import sync
 from stages import KINDS
@@ -78,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             if rank() == 0:
                 from launchers.dry_run import print_dry_run
 
-                print_dry_run(pipeline, [options.stage])
+                print_dry_run(pipeline, [options.stage], fresh=options.fresh)
             return EXIT_DONE
         if options.part is not None:
             return run_part(pipeline, options.stage, options.config, options.overrides, options.part)
@@ -88,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         if rank() == 0 or error.exit_code != EXIT_USER:
             logger.error("%s: %s", "stopped" if isinstance(error, Stopped) else "error", error)
         return error.exit_code
+    except StopNow as request:
+        logger.error("stopped: %s", request)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return EXIT_FAILURE
     except Exception:  # told here, as an interpreter that ends by itself would wait for data workers for ever
@@ -98,8 +109,6 @@ def main(arguments: list[str] | None = None) -> int:
 def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], *, fresh: bool = False) -> int:
     """Skips, resumes or starts one stage, after making the data that it lacks."""
     stage = ready(pipeline, name, config, overrides, fresh)
-    if fresh:
-        _set_aside(pipeline, stage)
     assert stage.run_dir is not None and stage.fingerprint is not None
     tags = {"fingerprint": stage.fingerprint, "stage": name, "kind": stage.config.kind, "pipeline": pipeline.name}
     tags |= {f"parent.{label}": source.digest or "" for label, source in stage.inputs.items()}
@@ -112,7 +121,7 @@ def run(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], 
         return EXIT_DONE
     if rank() > 0 and not type(stage.config).distributed:
         return EXIT_DONE
-    return execute(pipeline, stage, tags)
+    return execute(pipeline, stage, tags, fresh=fresh)
 
 
 def run_part(pipeline: PipelineConfig, name: str, config: str, overrides: list[str], part: str) -> int:
@@ -127,17 +136,6 @@ def run_part(pipeline: PipelineConfig, name: str, config: str, overrides: list[s
         logger.info("%s: skipped, %s (%s)", name, stage.reason, stage.run_dir)
         return EXIT_DONE
     return execute_part(pipeline, stage, (int(number), int(count)))
-
-
-def _set_aside(pipeline: PipelineConfig, stage: StagePlan) -> None:
-    """Renames an existing run directory, here and in the storage, so that the stage starts over and nothing is lost."""
-    assert stage.run_dir is not None
-    if rank() == 0 and (storage := RunStorage.of(pipeline, stage)):
-        storage.set_aside()
-    if rank() == 0 and stage.run_dir.exists():
-        count = len(list(stage.run_dir.parent.glob(f"{stage.run_dir.name}.old-*")))
-        stage.run_dir.rename(stage.run_dir.with_name(f"{stage.run_dir.name}.old-{count + 1}"))
-        logger.info("%s: the old run was moved to %s.old-%d", stage.name, stage.run_dir, count + 1)
 
 
 def leave(code: int) -> NoReturn:

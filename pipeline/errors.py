@@ -47,3 +47,7 @@ class Stopped(VitruvianError):
     """The stage was asked to stop, saved a resume point and left."""
 
     exit_code = EXIT_STOPPED
+
+
+class StopNow(BaseException):
+    """A signal asked a stage that doesn't train to stop. Not an Exception: reading an image catches all of those."""

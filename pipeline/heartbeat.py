@@ -25,21 +25,28 @@ EXIT_HUNG = 1
 _WRITE_EVERY = 2.0  # seconds
 LAUNCHER_VARIABLE = "VITRUVIAN_LAUNCHER"
 """The process on whose behalf a stage runs, where it says so."""
+STOP_FILE = "STOP"
+"""In the run directory: whoever makes it asks the stage to stop."""
 
 
 class Heartbeat:
     """This rank's sign of life, and the thread that watches it."""
 
-    def __init__(self, run_dir: Path, rank: int, limit: float | None, orphaned: Callable[[], None]) -> None:
+    def __init__(
+        self, run_dir: Path, rank: int, limit: float | None, leave: Callable[[], None], *, looks: bool = False
+    ) -> None:
         """limit: seconds without a beat after which the process ends; None: never.
 
-        orphaned is called when the launcher of this process is gone: nobody would collect it.
+        leave is called when the launcher of this process is gone: nobody would collect it. With `looks` also when
+        somebody touches the file `STOP`, for which a training stage looks itself.
         """
         self._folder, self._rank, self.limit = run_dir / "heartbeats", rank, limit
-        self._orphaned = orphaned
+        self._leave = leave
+        self._file, self._looks = run_dir / STOP_FILE, looks
+        self._touched = _time_of(self._file)  # by an earlier request, which is not for this process
         self._what, self._last, self._written = "", 0.0, 0.0
         self._stopped = threading.Event()
-        self._every = min(5.0, (limit or 50.0) / 10)
+        self._every = 1.0 if looks else min(5.0, (limit or 50.0) / 10)
         self._launchers = _launchers()
 
     def start(self, what: str) -> None:
@@ -72,7 +79,10 @@ class Heartbeat:
             if not all(map(_is_alive, self._launchers)):
                 logger.error("the launcher is gone: stopping")
                 self._launchers = []
-                self._orphaned()
+                self._leave()
+            if self._looks and _time_of(self._file) not in (None, self._touched):
+                self._looks = False
+                self._leave()
 
     def _give_up(self, silent: float) -> None:
         logger.error("no progress for %.0f s (runtime.hang_minutes); the last signs of life:", silent)
@@ -118,6 +128,14 @@ def _launchers() -> list[psutil.Process]:
         return [psutil.Process(pid) for pid in found if pid > 1]
     except psutil.Error:
         return []
+
+
+def _time_of(file: Path) -> int | None:
+    """When a file was last touched; None where there is none."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -47,10 +47,19 @@ def held(run_dir: Path) -> Iterator[None]:
 
     Raises ConfigError that says who holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     with _locked(run_dir / "lock", fcntl.LOCK_EX) as lock:
         _sign(lock, f"process {os.getpid()} on {socket.gethostname()}")
         yield
+
+
+def holder(run_dir: Path) -> int | None:
+    """The process of this machine that holds a run directory, or was the last to hold it; None where none was."""
+    try:
+        words = (run_dir / "lock").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    here = len(words) == 4 and words[0] == "process" and words[3] == socket.gethostname()
+    return int(words[1]) if here and words[1].isdecimal() else None
 
 
 @contextmanager
@@ -59,7 +68,6 @@ def held_part(run_dir: Path, part: tuple[int, int]) -> Iterator[None]:
 
     Raises ConfigError that says who holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     name = f"lock-{part[0]}-of-{part[1]}"
     with _locked(run_dir / "lock", fcntl.LOCK_SH) as whole, _locked(run_dir / name, fcntl.LOCK_EX) as own:
         _sign(whole, "the jobs that make its parts")
@@ -69,15 +77,27 @@ def held_part(run_dir: Path, part: tuple[int, int]) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, kind: int) -> Iterator[TextIO]:
-    with path.open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(
-                f"{path.parent}: is being run by {lock.read().strip() or 'another process'}; wait or stop it"
-            ) from None
-        yield lock
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ConfigError(
+                    f"{path.parent}: is being run by {lock.read().strip() or 'another process'}; wait or stop it"
+                ) from None
+            if not _is_at(lock, path):  # another process moved the folder meanwhile: this is the lock of the moved one
+                continue
+            yield lock
+            return
+
+
+def _is_at(lock: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sign(lock: TextIO, holder: str) -> None:

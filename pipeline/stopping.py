@@ -5,7 +5,8 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline.distributed import World, sum_over_ranks
-from pipeline.errors import Stopped
+from pipeline.errors import StopNow
+from pipeline.heartbeat import STOP_FILE
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -18,7 +19,7 @@ class StopRequest:
 
     def __init__(self, run_dir: Path) -> None:
         """Takes over the signals of this process."""
-        self._file = run_dir / "STOP"
+        self._file = run_dir / STOP_FILE
         self._asked = False
         for number in SIGNALS:
             signal.signal(number, self._ask)
@@ -48,10 +49,10 @@ class StopRequest:
 
 
 def stop_at_once() -> None:
-    """Lets the signals end a stage that keeps its work in finished files: it raises Stopped where it is."""
+    """Lets the signals end a stage that keeps its work in finished files: it raises StopNow where it is."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped on request; the same command goes on with what is missing")
+        raise StopNow("stopped on request; the same command goes on with what is missing")
 
     for number in SIGNALS[:2]:
         signal.signal(number, leave)

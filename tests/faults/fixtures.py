@@ -143,5 +143,5 @@ def context(folder: Path, stage: dict[str, Any]) -> Context:
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     world = World(0, 0, 1, torch.device("cpu"))
     tracker = Tracker(pipeline, plan.run_dir, "one", {}, {}, [])
-    heartbeat = Heartbeat(plan.run_dir, 0, None, orphaned=lambda: None)
+    heartbeat = Heartbeat(plan.run_dir, 0, None, leave=lambda: None)
     return Context(pipeline, plan, world, tracker, Status(plan.run_dir, True), None, heartbeat)

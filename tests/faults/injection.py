@@ -35,6 +35,8 @@ def install(fault: dict[str, Any] | None, rank: int) -> None:
         _poison_gradient(fault["step"], fault.get("steps", 1))
     elif fault["do"] == "leave after loading":
         _leave_after_loading(Path(fault["folder"]))
+    elif fault["do"] == "late":
+        _set_aside_late(fault["seconds"])
     else:
         _hook(fault["at"], fault["step"], lambda: _ACTIONS[fault["do"]](fault))
 
@@ -141,6 +143,19 @@ def _set_clock(seconds: float) -> None:
     now = time.time
     time.time = lambda: now() + seconds
     socket.gethostname = lambda: "elsewhere"
+
+
+def _set_aside_late(seconds: float) -> None:
+    """With --fresh this rank moves the old run after the others had time to touch it."""
+    from launchers import execution
+
+    set_aside = execution._set_aside
+
+    def late(*arguments: Any) -> None:
+        time.sleep(seconds)
+        set_aside(*arguments)
+
+    execution._set_aside = late
 
 
 def _poison(first: int, steps: int) -> None:

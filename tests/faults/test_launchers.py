@@ -14,8 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.status import read_status
-from tests.chain.running import ROOT, TINY, deepspeed_command, environment, last_step, only_run, run_stage, succeeded
+from pipeline.status import holder, read_status
+from tests.chain.running import (
+    ROOT,
+    TINY,
+    deepspeed_command,
+    environment,
+    last_step,
+    only_run,
+    run_stage,
+    succeeded,
+    vitruvian,
+)
 from tests.faults.running import Stage, left
 
 ENDLESS = "stages.finetune.steps=4000"
@@ -113,6 +123,51 @@ def test_a_signal_to_the_deepspeed_launcher_stops_all_ranks_without_losing_a_ste
     status = read_status(stage.run_dir)
     assert (status["state"], status["exit_code"]) == ("stopped", 75)
     assert status["saved_step"] == last_step(stage.workspace, stage.name)
+
+
+@pytest.mark.fault(4)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "processes"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
+def test_vitruvian_run_ends_after_its_ranks_have_saved_and_the_same_command_goes_on(
+    number: int, processes: int, stage: Stage
+) -> None:
+    given = [f"workspace={stage.workspace}", "tracking.uri=null", f"runtime.processes={processes}", ENDLESS]
+    command = [sys.executable, "-m", "launchers.cli", "run", str(TINY), "--only", "finetune", *stage.overrides, *given]
+    saved = 0
+    for _ in range(2):  # the second meets a stage that goes on
+        with launched(command, {"PYTHONPATH": str(ROOT)}) as process:
+            wait_for(lambda step=saved + 3: last_step(stage.workspace, stage.name) >= step, 120, "the third step")
+            ranks = pids(stage.run_dir)
+            assert len(ranks) == processes
+            process.send_signal(number)
+            assert process.wait(60) == 75
+            assert all(map(is_gone, ranks)), "nobody holds the run directory any more"
+        status = read_status(stage.run_dir)
+        assert (status["state"], status["exit_code"]) == ("stopped", 75)
+        assert status["saved_step"] == last_step(stage.workspace, stage.name) > saved
+        saved = status["saved_step"]
+    with launched(command, {"PYTHONPATH": str(ROOT)}) as process:  # and is told while it starts
+        wait_for(lambda: holder(stage.run_dir) not in (None, status["pid"]), 120, "the start")
+        process.send_signal(number)
+        assert process.wait(60) == 75
+    assert read_status(stage.run_dir)["state"] == "stopped"
+    assert saved <= last_step(stage.workspace, stage.name) <= saved + 1
+
+
+@pytest.mark.fault(4)
+@pytest.mark.slow
+def test_vitruvian_run_stops_a_stage_that_does_not_train_and_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    few = "coco_val: 8, aic_train: 8, aic_val: 8, mpii_train: 8, mpii_val: 8"
+    people = f"stages.data.people={{coco_train: 6000, {few}}}"
+    given = [f"workspace={tmp_path}", "tracking.uri=null", people]
+    command = [sys.executable, "-m", "launchers.cli", "run", str(TINY), "--until", "shards", *given]
+    work = tmp_path / "tiny" / "shards"
+    with launched(command, {"PYTHONPATH": str(ROOT)}) as process:
+        wait_for(lambda: any(work.glob("*/work/report-*.json")), 300, "the first shard")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert not any(work.glob("*/artifact"))
+    assert f"{len(list(work.glob('*/work/report-*.json')))} of " in succeeded(vitruvian(*command[3:])).stderr
 
 
 @pytest.mark.fault(15)

@@ -2,7 +2,12 @@
 
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +22,7 @@ from pipeline.config import PipelineConfig
 from pipeline.config_file import load_pipeline
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
-from pipeline.status import Status
+from pipeline.status import Status, held
 from stages import KINDS
 
 
@@ -110,6 +115,34 @@ def test_stages_are_chosen_from_until_and_only(demo: PipelineConfig) -> None:
         chain.choose(demo, None, None, "none")
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ["--from", "token", "--until", "mae"],
+            "--from token --until mae: mae does not need token, so nothing would run; end at one of token, distill, "
+            "evaluate, or leave out --from",
+        ),
+        (
+            ["--from", "token", "--until", "student_alone"],
+            "--from token --until student_alone: student_alone does not need token",
+        ),
+        (["--only", "mae", "--from", "mae"], "--only mae is one stage: leave out --from and --until, or --only"),
+        (["--only", "mae", "--until", "token"], "--only mae is one stage: leave out --from and --until, or --only"),
+    ],
+)
+def test_options_that_contradict_each_other_are_one_line_and_exit_2(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    said: str,
+    dry: tuple[str, ...],
+) -> None:
+    code, out, [line] = call(capsys, monkeypatch, "run", "demo", *options, *dry)
+    assert code == 2 and out == "" and line.startswith(f"error: {said}")
+
+
 def test_a_stage_runs_in_a_process_of_its_own(demo: PipelineConfig) -> None:
     alone = demo.model_copy(update={"runtime": demo.runtime.model_copy(update={"processes": 1})})
     expected = [sys.executable, "-m", "launchers.run_stage", "--stage", "mae", "--config", "demo", "seed=1"]
@@ -180,7 +213,7 @@ def started(monkeypatch: pytest.MonkeyPatch, pair: list[str], code: int = 0) -> 
     """The stages whose processes are started from now on; each ends at once with `code`, finished if that is 0."""
     names: list[str] = []
 
-    def fake(command: list[str], config: PipelineConfig) -> int:
+    def fake(command: list[str], *_: Any) -> int:
         name = command[command.index("--stage") + 1]
         names.append(name)
         run_dir = graph.plan(load_pipeline(pair[1], pair[2:3], KINDS))[name].run_dir
@@ -228,6 +261,56 @@ def test_the_exit_code_of_a_stage_is_passed_on_and_nothing_follows(
     found, _, lines = call(capsys, monkeypatch, *pair)
     assert found == code and names == ["one"]
     assert lines == (["stopped on request; the same command goes on"] if ended == 75 else [])
+
+
+_STAGE = """
+import sys, time
+from pathlib import Path
+from pipeline.status import held
+run_dir, code = Path(sys.argv[1]), int(sys.argv[2])
+with held(run_dir):
+    for _ in range(2):
+        while not (run_dir / "STOP").exists():
+            time.sleep(0.05)
+        (run_dir / "STOP").unlink()
+sys.exit(code)
+"""
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize(("number", "ended"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 0)])
+def test_a_signal_asks_the_running_stage_to_stop_until_it_has_and_nothing_follows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, pair: list[str], number: int, ended: int
+) -> None:
+    """The stage is one that takes the first request away, as one that starts does; or it was done before it saw any."""
+    run_dirs = {name: plan.run_dir for name, plan in graph.plan(load_pipeline(pair[1], pair[2:], KINDS)).items()}
+
+    def command_of(config: PipelineConfig, name: str, *_: Any) -> list[str]:
+        threading.Thread(target=tell, daemon=True).start()
+        return [sys.executable, "-c", _STAGE, str(run_dirs[name]), str(ended)]
+
+    def tell() -> None:
+        while not (run_dirs["one"] / "lock").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(chain, "command_of", command_of)
+    monkeypatch.setattr(chain, "_LOOK_SECONDS", 0.2)
+    code, _, lines = call(capsys, monkeypatch, *pair)
+    assert code == 75 and lines == ["stopped on request; the same command goes on"]
+    assert not run_dirs["two"].exists() and signal.getsignal(number) == before
+
+
+def test_a_run_that_another_process_holds_is_not_asked_to_stop(pair: list[str]) -> None:
+    config = load_pipeline(pair[1], pair[2:], KINDS)
+    run_dir = graph.plan(config)["one"].run_dir
+    with held(run_dir), subprocess.Popen(["sleep", "60"]) as other:
+        chain._ask_to_stop(config, "one", other.pid)
+        assert not (run_dir / "STOP").exists()
+        chain._ask_to_stop(config, "one", os.getpid())
+        assert (run_dir / "STOP").exists()
+        other.kill()
 
 
 def test_only_rank_0_tells_its_progress_and_all_of_it_is_on_file(

@@ -1,8 +1,10 @@
 """`run_stage.py`: a mistake of the user is one line on stderr, exit code 2, and nothing is started."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import inputs, run_stage
-from pipeline import graph
+from launchers import execution, inputs, run_stage
+from pipeline import graph, process_group, status
 from pipeline.artifacts import publish
 from pipeline.config_file import load_pipeline
 from pipeline.errors import ConfigError, VitruvianError
 from pipeline.graph import StagePlan
 from pipeline.status import held, held_part
 from stages import KINDS
+from tests.faults.fixtures import raw_coco
 
 SCRIPT = Path(run_stage.__file__).resolve()
 MAE: dict[str, Any] = {
@@ -182,27 +185,78 @@ def test_a_damaged_artifact_is_named_and_fresh_gets_past_it(
     code, line = call(capsys, "--stage", "mae", "--config", file)
     assert code == 2 and "payload: missing or of another size" in line and "--fresh" in line
 
-    started: list[StagePlan] = []
-
-    def execute(pipeline: Any, stage: StagePlan, *_: Any) -> int:
-        started.append(stage)
-        return 0
-
-    monkeypatch.setattr(run_stage, "execute", execute)
-    code, line = call(capsys, "--stage", "mae", "--config", file, "--fresh")
-    assert code == 0 and line.endswith(f"the old run was moved to {done.run_dir}.old-1")
-    assert started[0].state == "start" and started[0].run_dir == done.run_dir and not done.run_dir.exists()
+    monkeypatch.setattr(execution, "module_of", lambda kind: SimpleNamespace(run=lambda context, config: None))
+    monkeypatch.setattr(process_group, "start_process_group", lambda *_: None)
+    code = run_stage.main(
+        ["--stage", "mae", "--config", file, "--fresh", "tracking.uri=null", "runtime.hang_minutes=null"]
+    )
+    said = capsys.readouterr().err
+    assert code == 0 and f"the old run was moved to {done.run_dir}.old-1" in said, said
+    assert "mae: starts, asked for with --fresh" in said and not (done.run_dir / "artifact").exists()
     assert (done.run_dir.with_name(f"{done.run_dir.name}.old-1") / "artifact" / "payload").is_file()
 
 
-def test_with_fresh_every_rank_starts_whoever_looks_first(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = plan(file, "mae")
-    publish_at(done.run_dir / "artifact")
-    started: list[StagePlan] = []
-    monkeypatch.setattr(run_stage, "execute", lambda pipeline, stage, *_: started.append(stage) or 0)
-    monkeypatch.setenv("RANK", "1")
-    assert run_stage.main(["--stage", "mae", "--config", file, "--fresh"]) == 0
-    assert started[0].state == "start" and done.run_dir.exists()
+@pytest.mark.fault(10)
+def test_fresh_leaves_a_run_that_another_process_holds_alone(capsys: pytest.CaptureFixture[str], file: str) -> None:
+    """Of a stage that doesn't train, which joins no others."""
+    Path("people.yaml").write_text("name: people\nstages: {data: {kind: synthetic}}")
+    run_dir = plan("people.yaml", "data").run_dir
+    with held(run_dir):
+        code, line = call(capsys, "--stage", "data", "--config", "people.yaml", "--fresh")
+        assert code == 2 and f"{run_dir}: is being run by process {os.getpid()} on " in line
+        assert [path.name for path in run_dir.iterdir()] == ["lock"]
+    assert [path.name for path in run_dir.parent.iterdir()] == [run_dir.name]
+
+
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("part", [(), ("--part", "0/2")])
+def test_a_stop_file_ends_a_stage_that_does_not_train_and_the_same_command_goes_on(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: tuple[str, ...]
+) -> None:
+    """The stage is busy with images, where errors are caught. A file of an earlier request is no request."""
+    stage = {"kind": "shards", "inputs": {"data": str(raw_coco(tmp_path / "raw"))}, "datasets": ["coco"]}
+    Path("s.yaml").write_text(yaml.safe_dump({"name": "trial", "tracking": {"uri": None}, "stages": {"shards": stage}}))
+    arguments = ["--stage", "shards", "--config", "s.yaml", "runtime.workers=1", *part]
+    run_dir = plan("s.yaml", "shards").run_dir
+    run_dir.mkdir(parents=True)
+    (run_dir / "STOP").touch()
+
+    def busy(context: Any, config: Any) -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                time.sleep(1.5)
+                (run_dir / "STOP").touch()
+            except Exception:
+                continue
+
+    with monkeypatch.context() as changed:
+        changed.setattr(execution, "module_of", lambda kind: SimpleNamespace(run=busy))
+        assert run_stage.main(arguments) == 75
+    assert "stopped on request; the same command goes on with what is missing" in capsys.readouterr().err
+    if not part:  # parts record nothing
+        assert status.read_status(run_dir)["exit_code"] == 75
+        assert run_stage.main(arguments) == 0 and (run_dir / "artifact").exists()
+
+
+@pytest.mark.fault(10)
+def test_a_lock_that_was_moved_away_while_it_was_taken_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def flock(lock: Any, kind: int) -> None:
+        if not taken:
+            (tmp_path / "run").rename(tmp_path / "run.old-1")
+        taken.append(kind)
+        fcntl.flock(lock, kind)
+
+    monkeypatch.setattr(status, "fcntl", SimpleNamespace(**vars(fcntl) | {"flock": flock}))
+    with held(tmp_path / "run"):
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()}"), held(tmp_path / "run"):
+            pass
+    assert len(taken) == 2
 
 
 def test_missing_data_is_made_first_in_a_process_of_its_own(
