@@ -9,6 +9,7 @@ from typing import TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 
+from pipeline.artifacts import without_passwords
 from pipeline.errors import ArtifactError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def retried(action: Callable[[], T], what: str) -> T:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what a backend raised."""
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+    """The first line of what a backend raised, without the passwords of the addresses in it."""
+    return without_passwords((str(error).splitlines() or [""])[0])[:200] or type(error).__name__
 
 
 def fetch_ranges(base: str, wanted: Sequence[tuple[str, int, int]]) -> list[bytes | Exception]:
