@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.artifacts import without_passwords
 from pipeline.errors import ArtifactError, ConfigError
+from pipeline.remote import reason
 from pipeline.tracking.download import download
 
 
@@ -21,7 +22,5 @@ def local_artifact(artifact: str, tracking_uri: str | None, folder: Path) -> Pat
     try:
         download(uri, folder, run_id=artifact.removeprefix("mlflow:"))
     except Exception as error:  # whatever MLflow raises
-        raise ArtifactError(
-            f"{artifact}: not to be had from {without_passwords(uri)}: {str(error).splitlines()[0][:160]}"
-        ) from None
+        raise ArtifactError(f"{artifact}: not to be had from {without_passwords(uri)}: {reason(error)}") from None
     return folder / "artifact"

@@ -13,6 +13,7 @@ from pipeline.artifacts import without_passwords
 from pipeline.config import PipelineConfig
 from pipeline.errors import EXIT_FAILURE, ArtifactError, VitruvianError
 from pipeline.graph import StagePlan
+from pipeline.remote import reason
 from pipeline.tracking.download import download
 from pipeline.tracking.tracker import tracking_uri
 
@@ -78,8 +79,7 @@ def _fetch(pipeline: PipelineConfig, stage: StagePlan) -> bool:
     except ArtifactError:
         raise
     except Exception as error:  # MLflow may raise anything; the user learns why it did not help
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        logger.warning("MLflow at %s has no help: %s", without_passwords(uri), reason[:160])
+        logger.warning("MLflow at %s has no help: %s", without_passwords(uri), reason(error))
         return False
     if found:
         logger.info("%s: fetched from MLflow at %s", stage.name, without_passwords(uri))
@@ -104,7 +104,7 @@ def _fetch_named(pipeline: PipelineConfig, plans: dict[str, StagePlan]) -> bool:
             download(uri, graph.fetched(pipeline, run_id), run_id=run_id)
         except Exception as error:  # MLflow may raise anything
             raise ArtifactError(
-                f"mlflow:{run_id}: not to be had from {without_passwords(uri)}: {str(error)[:160]}"
+                f"mlflow:{run_id}: not to be had from {without_passwords(uri)}: {reason(error)}"
             ) from None
         logger.info("mlflow:%s: fetched from %s", run_id, without_passwords(uri))
     return bool(runs)

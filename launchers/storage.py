@@ -7,6 +7,7 @@ from pipeline.artifacts import without_passwords
 from pipeline.config import PipelineConfig
 from pipeline.errors import ArtifactError, StorageError
 from pipeline.graph import StagePlan, step_of
+from pipeline.remote import reason
 from pipeline.run_storage import RunStorage
 from pipeline.storage import DamagedError
 from pipeline.tracking.download import published_digest
@@ -59,7 +60,7 @@ def fetch_artifact(pipeline: PipelineConfig, stage: StagePlan, storage: RunStora
             logger.warning(
                 "MLflow at %s was not asked whether it has the same artifact: %s",
                 without_passwords(uri),
-                str(error)[:160],
+                reason(error),
             )
             other = None
         if other not in (None, digest):

@@ -152,7 +152,11 @@ def split_batch(global_batch_size: int, micro_batch_size: int | None, world_size
     """Micro-batch per rank and accumulation: global = micro x accumulation x world. Raises ConfigError if it can't be."""
     per_rank, rest = divmod(global_batch_size, world_size)
     if rest or per_rank == 0:
-        raise ConfigError(f"global_batch_size {global_batch_size} does not divide over {world_size} processes")
+        counts = _nearest_counts(global_batch_size, micro_batch_size, world_size)
+        raise ConfigError(
+            f"global_batch_size {global_batch_size} does not divide over {world_size} processes"
+            f"{f': use {counts} of them' if counts else ''}, or another global_batch_size"
+        )
     micro = min(micro_batch_size or per_rank, per_rank)
     if per_rank % micro:
         raise ConfigError(
@@ -160,6 +164,18 @@ def split_batch(global_batch_size: int, micro_batch_size: int | None, world_size
             f"(global_batch_size {global_batch_size} over {world_size} processes)"
         )
     return micro, per_rank // micro
+
+
+def _nearest_counts(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> str:
+    """The next smaller and the next larger number of processes that work, in words."""
+
+    def works(count: int) -> bool:
+        per_rank, rest = divmod(global_batch_size, count)
+        return not rest and not per_rank % min(micro_batch_size or per_rank, per_rank)
+
+    smaller = next((count for count in range(min(world_size - 1, global_batch_size), 0, -1) if works(count)), None)
+    larger = next((count for count in range(world_size + 1, global_batch_size + 1) if works(count)), None)
+    return " or ".join(str(count) for count in (smaller, larger) if count is not None)
 
 
 class PeriodicEvaluation(Strict):

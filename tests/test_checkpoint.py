@@ -286,8 +286,10 @@ def test_the_global_batch_is_micro_times_accumulation_times_world(
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ((10, None, 4), "10 does not divide over 4"),
-        ((2, None, 4), "2 does not"),
+        ((10, None, 4), "10 does not divide over 4 processes: use 2 or 5 of them, or another global_batch_size"),
+        ((2, None, 4), "2 does not divide over 4 processes: use 2 of them, or another"),
+        ((30, 4, 7), "30 does not divide over 7 processes: use 10 of them, or another"),
+        ((30, 4, 16), "30 does not divide over 16 processes: use 15 or 30 of them, or another"),
         ((12, 5, 1), "5 does not divide the 12"),
     ],
 )
