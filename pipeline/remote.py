@@ -8,12 +8,8 @@ from typing import Any, BinaryIO, TypeGuard, TypeVar
 import fsspec
 from fsspec import AbstractFileSystem
 
-<<<<<<< HEAD
-from pipeline.errors import ConfigError, DataError, StorageError, VitruvianError
-=======
 from pipeline.artifacts import without_passwords
-from pipeline.errors import ArtifactError, ConfigError
->>>>>>> launch
+from pipeline.errors import ConfigError, DataError, StorageError, VitruvianError
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +59,9 @@ def retried(action: Callable[[], T], what: str, attempts: int = ATTEMPTS) -> T:
     return action()
 
 
-<<<<<<< HEAD
 def reason(error: BaseException) -> str:
-    """The first line of what a backend raised."""
-    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-=======
-def reason(error: Exception) -> str:
     """The first line of what a backend raised, without the passwords of the addresses in it."""
     return without_passwords((str(error).splitlines() or [""])[0])[:200] or type(error).__name__
->>>>>>> launch
 
 
 def asked(action: Callable[[], T], where: str, attempts: int = ATTEMPTS) -> T:
