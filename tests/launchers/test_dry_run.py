@@ -70,7 +70,8 @@ def test_frozen_parts_need_less() -> None:
 
 def test_a_larger_teacher_needs_more_of_every_process() -> None:
     def memory(size: str) -> float:
-        found = tables(f"stages.finetune.model.backbone.size={size}", preset="vitpose_l_to_b")
+        sizes = [f"stages.{stage}.model.backbone.size={size}" for stage in ("imagenet_l", "finetune")]
+        found = tables(*sizes, preset="vitpose_l_to_b")
         return gibibytes(next(rows for title, rows in found.items() if title.startswith("memory"))["distill"])[2]
 
     assert memory("H") - memory("L") == pytest.approx(1.12 * 4 * (637.2e6 - 308.5e6) / 2**30, abs=0.02)

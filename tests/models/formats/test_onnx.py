@@ -82,5 +82,5 @@ def test_other_backbones_compute_the_same_at_batches_of_1_and_8(
 
 def test_without_the_extra_one_line_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ConfigError, match=r"needs the extra `export`: pip install 'vitruvian\[export\]'"):
+    with pytest.raises(ConfigError, match=r"needs the extra `export`: pip install '\.\[export\]'"):
         format.write(outgoing_of(spec_of({}))[0], tmp_path)
