@@ -67,10 +67,12 @@ def images(count: int = 3, size: tuple[int, int] = (64, 48)) -> Tensor:
 
 
 def heatmap_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, in parts of the largest value."""
+    """The largest difference, in parts of the largest value; `pytest -s` shows it."""
     assert ours.shape == theirs.shape
     ours, theirs = ours.detach(), theirs.detach()
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+    found = float((ours - theirs).abs().max() / theirs.abs().max())
+    print(f"heatmap error {found:.1e}")
+    return found
 
 
 def keypoint_error(ours: Tensor, theirs: Tensor, codec: CodecConfig) -> float:
@@ -84,7 +86,9 @@ def keypoint_error(ours: Tensor, theirs: Tensor, codec: CodecConfig) -> float:
     corner = torch.stack([index % theirs.shape[-1], index // theirs.shape[-1]], -1) * torch.tensor(codec.stride)
     real = ((expected - corner).abs() < torch.tensor(codec.stride)).all(-1)
     assert real.sum() >= 15, f"{int(real.sum())} of {real.numel()} maps have a peak"
-    return float((expected - found)[real].abs().max())
+    worst = float((expected - found)[real].abs().max())
+    print(f"keypoint error {worst:.1e} px")
+    return worst
 
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
