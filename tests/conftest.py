@@ -1,5 +1,6 @@
 """Fixtures that every test folder may use."""
 
+import logging
 import os
 import sys
 from collections import Counter, defaultdict
@@ -42,6 +43,16 @@ def _denormal_numbers() -> Iterator[None]:
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_closed_streams() -> Iterator[None]:
+    """A command in the process of the tests leaves its log handler; what other tests log there would be an error."""
+    yield
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.StreamHandler) and getattr(handler.stream, "closed", False):
+            root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
