@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from launchers.run_stage import leave
 from pipeline.config import EngineConfig, RuntimeConfig
 from pipeline.data.codec import CodecConfig
 from pipeline.data.definitions import load_definition
@@ -105,3 +106,4 @@ def _batches(rank: int) -> Iterator[Batch]:
 
 if __name__ == "__main__":
     main()
+    leave(0)

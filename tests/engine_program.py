@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from launchers.run_stage import leave
 from pipeline.config import EngineConfig, RuntimeConfig
 from pipeline.data.codec import CodecConfig
 from pipeline.distributed import world_from_environment
@@ -73,3 +74,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

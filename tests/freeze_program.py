@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from launchers.run_stage import leave
 from pipeline.checkpoint import ResumePoints, load_tensors
 from pipeline.config import EngineConfig, RuntimeConfig
 from pipeline.data.codec import CodecConfig
@@ -118,3 +119,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
