@@ -272,7 +272,8 @@ class Evaluate(Hook):
             self.best = metrics[self.metric]
             if self.keep:
                 weights, buffers = trainer.engine.weights(), trainer.engine.averaged_buffers()
-                self.kept = weights | {name: value.cpu() for name, value in buffers.items()} if weights else {}
+                if trainer.world.is_main:
+                    self.kept = weights | {name: value.cpu() for name, value in buffers.items()}
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best, "owed": self._owed}

@@ -17,7 +17,7 @@ from pipeline.data.loader import TrainSet, make_loader
 from pipeline.data.order import Order
 from pipeline.distributed import loader_workers
 from pipeline.engine import Batch, Engine, to_device
-from pipeline.errors import ConfigError, VitruvianError
+from pipeline.errors import ConfigError
 from pipeline.hooks import (
     AverageWeights,
     Beat,
@@ -132,28 +132,19 @@ def _stream(engine: Engine, data: TrainSet, total: int, workers: int | None) -> 
     world = engine.world
 
     def batches(start_step: int) -> Iterator[Batch]:
-        loader = make_loader(
-            data,
-            start_step=start_step,
-            steps=total - start_step + 1,  # one to spare: resuming after the last step still takes a batch
-            global_batch=engine.global_batch_size,
-            micro_batch=engine.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            accumulation=engine.accumulation,
-            workers=loader_workers(workers, world, on_cpu=1),
+        return iter(
+            make_loader(
+                data,
+                start_step=start_step,
+                steps=total - start_step + 1,  # one to spare: resuming after the last step still takes a batch
+                global_batch=engine.global_batch_size,
+                micro_batch=engine.micro_batch_size,
+                rank=world.rank,
+                world_size=world.size,
+                accumulation=engine.accumulation,
+                workers=loader_workers(workers, world, on_cpu=1),
+            )
         )
-        try:
-            yield from loader
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # PyTorch has no class of its own for it; a worker that dies while it hands a batch over breaks the pipe.
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise VitruvianError(
-                f"rank {world.rank}: a data loading process died, killed for want of memory perhaps ({reason}); fewer "
-                f"runtime.workers need less; the same command goes on from the last resume point"
-            ) from None
 
     return batches
 

@@ -11,12 +11,16 @@ Pose views give keypoints and visible, in input pixels and padded to the largest
 noise, whose order is the mask.
 """
 
+import atexit
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
 import cv2
@@ -33,6 +37,7 @@ from pipeline.data.shard_index import SampleMeta
 from pipeline.data.shards import Sample, ShardSet
 from pipeline.errors import ConfigError, DataError, VitruvianError
 from pipeline.processes import end_with_parent
+from pipeline.remote import reason
 
 logger = logging.getLogger(__name__)
 
@@ -237,18 +242,42 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if not self.num_workers:
             return super().__iter__()
+        others = set(multiprocessing.active_children())
         with _blocked(_STOP_SIGNALS):
             batches = super().__iter__()
+        _workers.update(set(multiprocessing.active_children()) - others)
         return _with_plain_errors(batches)
 
 
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    for worker in _workers:
+        worker.kill()  # Python would send them SIGTERM, which they ignore, and wait for ever
+
+
 def _with_plain_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """The batches. An error of the user's that a worker raised is as it was there: PyTorch puts its traceback into it."""
+    """The batches. An error of the user's that a worker raised is as it was there: PyTorch puts its traceback into it.
+
+    The workers end with the batches, or with the error. Raises VitruvianError where a worker died.
+    """
     try:
         yield from batches
     except VitruvianError as error:
-        kind = type(error)
+        kind, error.__traceback__ = type(error), None  # whose frames hold the workers
         raise kind(str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()) from None
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # PyTorch has no class of its own for it; a worker that dies while it hands a batch over breaks the pipe.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise VitruvianError(
+            f"rank {os.environ.get('RANK', '0')}: a data loading process died, killed for want of memory perhaps "
+            f"({reason(error)}); fewer runtime.workers need less; the same command goes on from the last resume point"
+        ) from None
+    finally:
+        del batches
 
 
 @contextlib.contextmanager

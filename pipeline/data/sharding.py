@@ -122,12 +122,7 @@ def make_shards(
     """
     work.mkdir(parents=True, exist_ok=True)
     read_sources = [read(source, root) for source in sources]
-    definitions = {annotations.definition.name: annotations.definition for annotations in read_sources}
-    licences = [f"{d.name}: {text}" for d in definitions.values() for text in (d.licence.annotations, d.licence.images)]
-    report = ShardsReport(output or "shards", crop, definitions, sorted(set(licences)))
-    report.problems = _tell_problems(read_sources, work / LEFT_OUT)
-    for annotations in read_sources:
-        _require_wellformed(annotations, max_bad_fraction, work / LEFT_OUT)
+    report = _begin(read_sources, work, output, crop, max_bad_fraction)
     people = [
         (instance, annotations.source.split) for annotations in read_sources for instance in _wanted(annotations, crop)
     ]
@@ -145,7 +140,7 @@ def make_shards(
                 max(0, min(samples_per_shard, measured_people - start)),
                 crop,
                 augmentation,
-                definitions,
+                report.datasets,
                 excluded,
                 seed,
             )
@@ -165,17 +160,7 @@ def make_shards(
         )
     if not report.samples:
         raise DataError(f"{root}: nothing is left: {report.excluded} people are in evaluation images")
-    logger.info(
-        "%d samples in %d shards (%s); left out: %d annotations, %d unreadable, %d in evaluation images; the crops lack "
-        "%.3f%% of the training windows' pixels",
-        sum(report.samples.values()),
-        len(report.shards),
-        ", ".join(f"{name} {count}" for name, count in sorted(report.samples.items())),
-        report.problems,
-        report.unreadable,
-        report.excluded,
-        100 * report.lost_pixels,
-    )
+    _tell(report)
     return report
 
 
@@ -211,6 +196,33 @@ def _wanted(annotations: Annotations, crop: CropConfig) -> list[Instance]:
     if crop.mode == "person":
         return annotations.instances
     return list({instance.image: instance for instance in reversed(annotations.instances)}.values())[::-1]
+
+
+def _begin(
+    sources: list[Annotations], work: Path, output: str | None, crop: CropConfig, max_bad_fraction: float
+) -> ShardsReport:
+    """A report with what the annotations alone tell."""
+    definitions = {annotations.definition.name: annotations.definition for annotations in sources}
+    licences = [f"{d.name}: {text}" for d in definitions.values() for text in (d.licence.annotations, d.licence.images)]
+    report = ShardsReport(output or "shards", crop, definitions, sorted(set(licences)))
+    report.problems = _tell_problems(sources, work / LEFT_OUT)
+    for annotations in sources:
+        _require_wellformed(annotations, max_bad_fraction, work / LEFT_OUT)
+    return report
+
+
+def _tell(report: ShardsReport) -> None:
+    logger.info(
+        "%d samples in %d shards (%s); left out: %d annotations, %d unreadable, %d in evaluation images; the crops lack "
+        "%.3f%% of the training windows' pixels",
+        sum(report.samples.values()),
+        len(report.shards),
+        ", ".join(f"{name} {count}" for name, count in sorted(report.samples.items())),
+        report.problems,
+        report.unreadable,
+        report.excluded,
+        100 * report.lost_pixels,
+    )
 
 
 def _tell_problems(sources: list[Annotations], file: Path) -> int:

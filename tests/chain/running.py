@@ -67,6 +67,19 @@ def kill_when(condition: Callable[[], bool], *arguments: str, ranks: int = 2) ->
         process.wait()
 
 
+def outage_in(workspace: Path, stage: str, stop: Callable[[], None], *arguments: str) -> tuple[int, str]:
+    """A stage of two ranks whose server is stopped after three steps: exit code, and what it said."""
+    process = subprocess.Popen(
+        deepspeed_command(2, *arguments), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while last_step(workspace, stage) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    stop()
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said
+
+
 def succeeded(done: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     """Fails with the process's output unless it ended well."""
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"

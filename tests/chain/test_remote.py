@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import time
 
 import pytest
 
@@ -11,13 +9,10 @@ from pipeline.artifacts import read_artifact
 from pipeline.data.collection import open_shards
 from tests.chain.conftest import Copy
 from tests.chain.running import (
-    ROOT,
     TINY,
-    deepspeed_command,
-    environment,
-    last_step,
     metrics,
     only_run,
+    outage_in,
     run_stage,
     succeeded,
     vitruvian,
@@ -52,15 +47,8 @@ def test_an_outage_of_the_shards_ends_all_ranks_and_the_same_command_goes_on(
     succeeded(vitruvian("run", str(TINY), "--until", "shards", *remote))
     kept = s3.filesystem.cat(s3.filesystem.find(BUCKET))
     command = ["--stage", "mae", "--config", str(TINY), *remote, "stages.mae.steps=40", "stages.mae.save_every=1"]
-    process = subprocess.Popen(
-        deepspeed_command(2, *command), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while last_step(workspace, "mae") < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    s3.stop()
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 1, said[-3000:]
+    code, said = outage_in(workspace, "mae", s3.stop, *command)
+    assert code == 1, said[-3000:]
     errors = [line for line in said.splitlines() if " error: " in line]
     assert errors and all(f"s3://{BUCKET}/tiny/" in line and "goes on" in line for line in errors), said[-3000:]
     assert "StorageError" not in said, "no traceback of ours"

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -15,14 +13,12 @@ from pipeline.run_storage import RunStorage
 from stages import KINDS
 from tests.chain.conftest import Copy
 from tests.chain.running import (
-    ROOT,
     TINY,
-    deepspeed_command,
-    environment,
     kill_when,
     last_step,
     metrics,
     only_run,
+    outage_in,
     run_stage,
     succeeded,
     vitruvian,
@@ -71,15 +67,8 @@ def test_a_run_whose_machine_is_gone_goes_on_from_s3_bit_for_bit(without: Copy, 
 def test_an_outage_of_s3_stops_no_training_and_what_is_missing_is_sent_later(without: Copy, s3: S3Server) -> None:
     workspace = without("mae")
     command = _arguments(workspace, "mae", "stages.mae.steps=40", "stages.mae.save_every=10")
-    process = subprocess.Popen(
-        deepspeed_command(2, *command), env=environment(), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while last_step(workspace, "mae") < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    s3.stop()
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said[-3000:]
+    code, said = outage_in(workspace, "mae", s3.stop, *command)
+    assert code == 0, said[-3000:]
     assert "training goes on, the next save tries again" in said
     assert "the same command sends it later" in said
     run_dir = only_run(workspace, "mae")

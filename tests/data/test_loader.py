@@ -4,6 +4,8 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -142,12 +144,18 @@ class OutOfReach(Dataset[Any]):
 @pytest.mark.fault(32)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_a_worker_is_the_line_that_it_was(workers: int) -> None:
-    told = ""
-    try:
+    with pytest.raises(StorageError) as told:
         list(Loader(OutOfReach(), workers))
-    except StorageError as error:  # and no longer kept than told: with it the workers go
-        told = str(error)
-    assert told == "s3://bucket: refused: twice: an outage"
+    assert str(told.value) == "s3://bucket: refused: twice: an outage"
+    assert not multiprocessing.active_children(), "the workers end with it, whoever keeps the error"
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "batches = list(batches), 1 / 0"])
+def test_a_program_ends_though_it_left_its_batches_half_read(end: str) -> None:
+    program = f"from pipeline.data.loader import Loader\nbatches = iter(Loader(range(99), 1))\nnext(batches)\n{end}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == ("1 / 0" in end), done.stderr
+    assert ("1 / 0" in end) == ("ZeroDivisionError" in done.stderr) and "DataLoader" not in done.stderr
 
 
 def test_workers_outlive_the_stop_signals(folder: Path) -> None:

@@ -158,35 +158,40 @@ def _set_aside_late(seconds: float) -> None:
     execution._set_aside = late
 
 
-def _poison(first: int, steps: int) -> None:
-    """Makes this rank's loss nan for some steps."""
-    from pipeline import engine, trainer
+def _steps_done() -> dict[str, int]:
+    """`step`: how many steps the trainer has done when the one that runs began."""
+    from pipeline import trainer
 
     now = {"step": -1}
-    original_step, original_agree = trainer.Trainer._one_step, engine.Engine._agree
+    original = trainer.Trainer._one_step
 
     def one_step(self: Any, batches: Any) -> Any:
         now["step"] = self.step
-        return original_step(self, batches)
+        return original(self, batches)
+
+    trainer.Trainer._one_step = one_step
+    return now
+
+
+def _poison(first: int, steps: int) -> None:
+    """Makes this rank's loss nan for some steps."""
+    from pipeline import engine
+
+    now, original_agree = _steps_done(), engine.Engine._agree
 
     def agree(self: Any, losses: Any, limit: float) -> Any:
         if first <= now["step"] < first + steps:
             losses.mul_(float("nan"))
         return original_agree(self, losses, limit)
 
-    trainer.Trainer._one_step, engine.Engine._agree = one_step, agree
+    engine.Engine._agree = agree
 
 
 def _poison_gradient(first: int, steps: int) -> None:
     """Makes one parameter's gradient infinite on this rank for some steps; the loss stays what it is."""
-    from pipeline import engine, trainer
+    from pipeline import engine
 
-    now = {"step": -1}
-    original_step, original_init = trainer.Trainer._one_step, engine.Engine.__init__
-
-    def one_step(self: Any, batches: Any) -> Any:
-        now["step"] = self.step
-        return original_step(self, batches)
+    now, original_init = _steps_done(), engine.Engine.__init__
 
     def init(self: Any, module: Any, *arguments: Any, **options: Any) -> None:
         parameter = next(one for one in module.parameters() if one.requires_grad)
@@ -195,7 +200,7 @@ def _poison_gradient(first: int, steps: int) -> None:
         )
         original_init(self, module, *arguments, **options)
 
-    trainer.Trainer._one_step, engine.Engine.__init__ = one_step, init
+    engine.Engine.__init__ = init
 
 
 def _leave_after_loading(folder: Path) -> None:
