@@ -66,7 +66,8 @@ def test_a_run_whose_machine_is_gone_goes_on_from_s3_bit_for_bit(without: Copy, 
 @pytest.mark.slow
 def test_an_outage_of_s3_stops_no_training_and_what_is_missing_is_sent_later(without: Copy, s3: S3Server) -> None:
     workspace = without("mae")
-    command = _arguments(workspace, "mae", "stages.mae.steps=40", "stages.mae.save_every=10")
+    # As many steps as the storage is asked again for: the artifact's turn comes after the resume point's.
+    command = _arguments(workspace, "mae", "stages.mae.steps=400", "stages.mae.save_every=10")
     code, said = outage_in(workspace, "mae", s3.stop, *command)
     assert code == 0, said[-3000:]
     assert "training goes on, the next save tries again" in said
