@@ -33,6 +33,7 @@ def test_a_swapped_flip_pair_would_be_seen_in_the_ceiling(samples: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_chain_runs_on_real_samples(samples: Path, tmp_path: Path) -> None:
     path = tmp_path / "samples.yaml"
     path.write_text(CHAIN.read_text().replace("SAMPLES", str(samples)))
